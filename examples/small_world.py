@@ -1,0 +1,321 @@
+"""The small world: a seeded generator of images, captions and questions that stands in for LLaVA's data.
+
+    python examples/small_world.py runs/data
+
+A scene is a 64x64 picture with one to four shapes on dark grey, at most one in each quadrant. Colour, shape, size and
+exact place of every shape vary, and so does the grey. Captions and questions follow from the scene, and every question
+has one right answer. Records and images are written in LLaVA's format, as `blip_laion_cc_sbu_558k.json` (captions) and
+`llava_v1_5_mix665k.json` (conversations) have it, plus a held-out set with the facts that an evaluation needs.
+
+A vision tower with 8-pixel patches sees a scene as 8x8 patches. A scene in words is the same grid with one word a
+patch, "dark dark red circle dark …", and a language model can read it in place of the image.
+"""
+
+import argparse
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+
+IMAGE_SIZE = 64
+PATCH_SIZE = 8
+PATCHES_PER_SIDE = IMAGE_SIZE // PATCH_SIZE
+
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 180, 60),
+    "blue": (50, 80, 235),
+    "yellow": (240, 220, 50),
+    "purple": (165, 50, 205),
+    "white": (240, 240, 240),
+}
+SHAPES = ("circle", "square", "triangle")
+SIZES = {"small": (18, 21), "large": (27, 30)}  # shortest and longest side of the bounding box, in pixels
+PLACES = {"top left": (0, 0), "top right": (32, 0), "bottom left": (0, 32), "bottom right": (32, 32)}
+NUMBERS = ("zero", "one", "two", "three", "four")
+BACKGROUND_WORD = "dark"
+
+KINDS = ("colour", "shape", "count", "exists", "where", "describe")
+
+# What `Scene.patch_objects` says of a patch that shows no object.
+BACKGROUND = -1  # not one pixel of an object
+BORDER = -2  # some pixels of an object, but less than half: neither object nor background
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One shape of a scene; `left`, `top` and `side` are its bounding box in pixels."""
+
+    colour: str
+    shape: str
+    size: str
+    place: str
+    rgb: tuple[int, int, int]
+    left: int
+    top: int
+    side: int
+
+    @property
+    def words(self) -> tuple[str, str, str]:
+        """The attribute words that are true of each of the thing's patches."""
+        return self.colour, self.shape, self.size
+
+    def mask(self) -> np.ndarray:
+        """The pixels that the thing covers, `[64, 64]`."""
+        y, x = np.ogrid[:IMAGE_SIZE, :IMAGE_SIZE]
+        u, v = (x + 0.5 - self.left) / self.side, (y + 0.5 - self.top) / self.side  # 0 to 1 across the bounding box
+        if self.shape == "circle":
+            return (u - 0.5) ** 2 + (v - 0.5) ** 2 <= 0.25
+        inside = (u >= 0) & (u <= 1) & (v >= 0) & (v <= 1)
+        return inside if self.shape == "square" else inside & (abs(u - 0.5) <= v / 2)
+
+    def patch_pixels(self) -> np.ndarray:
+        """How many of each patch's pixels the thing covers, `[64]` in raster order."""
+        grid = self.mask().reshape(PATCHES_PER_SIDE, PATCH_SIZE, PATCHES_PER_SIDE, PATCH_SIZE)
+        return grid.sum(axis=(1, 3)).flatten()
+
+    def object_patches(self) -> np.ndarray:
+        """Which patches show the thing, `[64]`: those of which it covers at least half of the pixels."""
+        return self.patch_pixels() >= PATCH_SIZE**2 // 2
+
+
+def random_thing(rng: random.Random, colour: str, shape: str, size: str, place: str) -> Thing:
+    """A thing with the given attributes, somewhere in its quadrant."""
+    corner_x, corner_y = PLACES[place]
+    rgb = tuple(min(255, max(0, channel + rng.randint(-15, 15))) for channel in COLOURS[colour])
+    while True:
+        side = rng.randint(*SIZES[size])
+        room = IMAGE_SIZE // 2 - 1 - side  # one pixel stays free on each side of the quadrant
+        left, top = corner_x + rng.randint(1, room), corner_y + rng.randint(1, room)
+        thing = Thing(colour, shape, size, place, rgb, left, top, side)
+        # Three patches are what colour, shape and size need to be said once each in a scene in words.
+        if thing.object_patches().sum() >= len(thing.words):
+            return thing
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One picture: things in raster order of their quadrants, no two alike in both colour and shape."""
+
+    grey: int
+    things: tuple[Thing, ...]
+
+    def image(self) -> Image.Image:
+        pixels = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), self.grey, dtype=np.uint8)
+        for thing in self.things:
+            pixels[thing.mask()] = thing.rgb
+        return Image.fromarray(pixels)
+
+    def caption(self) -> str:
+        """All there is to say, place first: a decoder that has named a place knows where to look for the rest."""
+        return ", ".join(f"at the {thing.place} a {thing.size} {thing.colour} {thing.shape}" for thing in self.things)
+
+    def patch_objects(self) -> np.ndarray:
+        """For each patch, `[64]` in raster order: the index of the thing it shows, or `BACKGROUND` or `BORDER`."""
+        patches = np.full(PATCHES_PER_SIDE**2, BACKGROUND)
+        for index, thing in enumerate(self.things):
+            patches[thing.patch_pixels() > 0] = BORDER
+            patches[thing.object_patches()] = index
+        return patches
+
+    def true_words(self) -> list[tuple[str, ...]]:
+        """For each patch: its thing's three attribute words, the background word alone, or nothing (border)."""
+        names = {BACKGROUND: (BACKGROUND_WORD,), BORDER: ()}
+        names |= {index: thing.words for index, thing in enumerate(self.things)}
+        return [names[patch] for patch in self.patch_objects()]
+
+    def in_words(self, rng: random.Random) -> list[str]:
+        """The scene in words, one a patch: a random attribute of the patch's thing, or the background word.
+
+        Each attribute of a thing is said at least once, so that the words answer whatever the picture answers.
+        """
+        words = [BACKGROUND_WORD] * PATCHES_PER_SIDE**2
+        patch_objects = self.patch_objects()
+        for index, thing in enumerate(self.things):
+            patches = np.flatnonzero(patch_objects == index)
+            said = [*thing.words, *rng.choices(thing.words, k=len(patches) - len(thing.words))]
+            rng.shuffle(said)
+            for patch, word in zip(patches, said, strict=True):
+                words[patch] = word
+        return words
+
+    def question(self, kind: str, rng: random.Random) -> tuple[str, str]:
+        """A question of one of `KINDS` and its only right answer."""
+        return getattr(self, f"_ask_{kind}")(rng)
+
+    def _names(self, thing: Thing, *attributes: str) -> list[str]:
+        """The ways to name a thing by some of `attributes` that fit no other thing of the scene."""
+        names = []
+        for used in [(first,) for first in attributes] + [attributes]:
+            values = [getattr(thing, attribute) for attribute in used]
+            if sum(values == [getattr(other, attribute) for attribute in used] for other in self.things) == 1:
+                names.append(" ".join(values) if "shape" in used else " ".join([*values, "shape"]))
+        return names
+
+    def _ask_colour(self, rng):
+        thing = rng.choice(self.things)
+        name = rng.choice([f"shape at the {thing.place}", *self._names(thing, "size", "shape")])
+        return f"What colour is the {name}?", thing.colour
+
+    def _ask_shape(self, rng):
+        thing = rng.choice(self.things)
+        name = rng.choice([f"shape at the {thing.place}", *self._names(thing, "size", "colour")])
+        return f"What is the {name}?", thing.shape
+
+    def _ask_count(self, rng):
+        thing = rng.choice(self.things)
+        attribute, value, plural = rng.choice(
+            [
+                (None, None, "shapes"),
+                # Now and then something that is not in the picture, so that "zero" is an answer, too.
+                ("colour", colour := rng.choice([thing.colour, rng.choice(list(COLOURS))]), f"{colour} shapes"),
+                ("shape", shape := rng.choice([thing.shape, rng.choice(SHAPES)]), f"{shape}s"),
+            ]
+        )
+        count = sum(attribute is None or getattr(other, attribute) == value for other in self.things)
+        return f"How many {plural} are there?", NUMBERS[count]
+
+    def _ask_exists(self, rng):
+        present = [(thing.colour, thing.shape) for thing in self.things]
+        colour, shape = rng.choice(present)
+        if rng.random() < 0.5:
+            return f"Is there a {colour} {shape}?", "yes"
+        # One attribute is right and the pair is not: the easiest mistake to make.
+        near = [(other, shape) for other in COLOURS] + [(colour, other) for other in SHAPES]
+        colour, shape = rng.choice([pair for pair in near if pair not in present])
+        return f"Is there a {colour} {shape}?", "no"
+
+    def _ask_where(self, rng):
+        thing = rng.choice(self.things)
+        return f"Where is the {rng.choice(self._names(thing, 'colour', 'shape'))}?", thing.place
+
+    def _ask_describe(self, rng):
+        return "Describe the image.", self.caption()
+
+    def conversation(self, rng: random.Random) -> list[tuple[str, str]]:
+        """Four to six questions with their answers, each of another kind."""
+        return [self.question(kind, rng) for kind in rng.sample(KINDS, rng.randint(4, len(KINDS)))]
+
+
+def random_scene(rng: random.Random) -> Scene:
+    count = rng.choices((1, 2, 3, 4), weights=(3, 3, 2, 2))[0]
+    places = sorted(rng.sample(list(PLACES), count), key=list(PLACES).index)
+    looks = rng.sample([(colour, shape) for colour in COLOURS for shape in SHAPES], count)
+    things = tuple(
+        random_thing(rng, colour, shape, rng.choice(list(SIZES)), place)
+        for place, (colour, shape) in zip(places, looks, strict=True)
+    )
+    return Scene(grey=rng.randint(15, 75), things=things)
+
+
+def write_llava_dataset(
+    folder: str | Path,
+    num_captions: int,
+    num_conversations: int,
+    num_held_out: int = 500,
+    text_only_share: float = 0.03,
+    seed: int = 0,
+) -> None:
+    """Write `captions.json`, `instructions.json`, `held_out.json` and `images/*.png` into `folder`.
+
+    Image paths in the records are relative to `folder / "images"`. No training image is among the held-out ones.
+
+    Args:
+        num_captions: images with one caption each, for stages I and III.
+        num_conversations: conversations of four to six questions, for stages II and IV.
+        num_held_out: images with one question each, the kinds in equal shares.
+        text_only_share: the part of the conversations that is about a scene in words and has no image.
+    """
+    folder = Path(folder)
+    images = folder / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    progress = tqdm(total=num_captions + num_conversations + num_held_out, desc="Small world", unit="scene")
+
+    rng = random.Random(f"{seed}/held out")
+    held_out, records = set(), []
+    for index in range(num_held_out):
+        scene = random_scene(rng)
+        kind = KINDS[index % len(KINDS)]
+        question, answer = scene.question(kind, rng)
+        name = f"held_out_{index:06d}.png"
+        scene.image().save(images / name)
+        held_out.add(scene)
+        records.append(
+            {
+                "id": f"held_out_{index:06d}",
+                "image": name,
+                "kind": kind,
+                "question": question,
+                "answer": answer,
+                "patch_words": scene.true_words(),
+            }
+        )
+        progress.update()
+    _write_json(folder / "held_out.json", records)
+
+    rng = random.Random(f"{seed}/captions")
+    records = []
+    while len(records) < num_captions:
+        if (scene := random_scene(rng)) in held_out:
+            continue
+        name = f"caption_{len(records):06d}"
+        scene.image().save(images / f"{name}.png")
+        records.append(_record(name, [("<image>", scene.caption())], f"{name}.png"))
+        progress.update()
+    _write_json(folder / "captions.json", records)
+
+    rng = random.Random(f"{seed}/instructions")
+    records = []
+    while len(records) < num_conversations:
+        if (scene := random_scene(rng)) in held_out:
+            continue
+        name = f"instruction_{len(records):06d}"
+        (question, answer), *rest = scene.conversation(rng)
+        if rng.random() < text_only_share:
+            words = " ".join(scene.in_words(rng))
+            records.append(_record(name, [(f"{words}\n{question}", answer), *rest]))
+        else:
+            scene.image().save(images / f"{name}.png")
+            records.append(_record(name, [(f"<image>\n{question}", answer), *rest], f"{name}.png"))
+        progress.update()
+    _write_json(folder / "instructions.json", records)
+    progress.close()
+
+
+def read_held_out(folder: str | Path) -> list[dict]:
+    """The held-out questions, in the order they were written.
+
+    Each has `id`, `image` (a path), `kind`, `question`, `answer`, and `patch_words`: 64 lists in raster order, with the
+    three attribute words of the patch's object, `["dark"]` for background, and nothing where an object covers less than
+    half of the patch.
+    """
+    records = json.loads((Path(folder) / "held_out.json").read_text())
+    return [record | {"image": str(Path(folder) / "images" / record["image"])} for record in records]
+
+
+def _record(name: str, turns: list[tuple[str, str]], image: str | None = None) -> dict:
+    conversations = [
+        {"from": speaker, "value": value}
+        for question, answer in turns
+        for speaker, value in (("human", question), ("gpt", answer))
+    ]
+    return {"id": name} | ({"image": image} if image else {}) | {"conversations": conversations}
+
+
+def _write_json(path: Path, records: list[dict]) -> None:
+    path.write_text(json.dumps(records, indent=1))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", help="where captions.json, instructions.json, held_out.json and images/ go")
+    parser.add_argument("--num-captions", type=int, default=2000)
+    parser.add_argument("--num-conversations", type=int, default=4000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    write_llava_dataset(args.folder, args.num_captions, args.num_conversations, seed=args.seed)

@@ -1,0 +1,66 @@
+# Copyright 2026 The VW-LMM authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration of VW-LMM."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.models.llava.configuration_llava import LlavaConfig
+
+
+# Every auto class that can load a saved folder. `register_for_auto_class` knows one model class at a time, while a
+# folder that holds the whole model is also opened by `AutoModel` (feature extraction, vLLM).
+AUTO_MAP = {
+    "AutoConfig": "configuration_vwlmm.VWLMMConfig",
+    "AutoModel": "modeling_vwlmm.VWLMMModel",
+    "AutoModelForImageTextToText": "modeling_vwlmm.VWLMMForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_vwlmm.VWLMMForConditionalGeneration",
+}
+
+
+@strict
+class VWLMMConfig(LlavaConfig):
+    r"""
+    Configuration of [`VWLMMForConditionalGeneration`]: LLaVA's, and what visual words add to it.
+
+    Args:
+        vision_config (`dict` or `PreTrainedConfig`, *optional*):
+            Configuration of the vision tower. CLIP-ViT-L/14-336px by default.
+        text_config (`dict` or `PreTrainedConfig`, *optional*):
+            Configuration of the decoder. Llama by default.
+        image_token_index (`int`, *optional*):
+            Id of the image placeholder. By default `text_config.vocab_size`, one past the decoder's vocabulary, so
+            that visual words are distributions over exactly the vocabulary of the LLM. An id inside the vocabulary
+            works as well.
+        use_pseudo_image_features (`bool`, *optional*, defaults to `False`):
+            Whether the decoder reads pseudo image features (section 2.3 of the paper, equation 8) in place of image
+            features.
+        trained_stages (`list[int]`, *optional*, defaults to `[]`):
+            The training stages behind these weights, in order. Written by [`VWLMMTrainer`].
+        kwargs:
+            Everything that `LlavaConfig` takes.
+
+    Example:
+
+    ```python
+    >>> from modeling_vwlmm import VWLMMConfig, VWLMMForConditionalGeneration
+
+    >>> config = VWLMMConfig()  # CLIP-ViT-L/14-336px and Llama-7B
+    >>> config.image_token_id
+    32000
+    ```
+    """
+
+    model_type = "vwlmm"
+
+    image_token_index: int | None = None
+    use_pseudo_image_features: bool = False
+    trained_stages: list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.image_token_index is None:
+            self.image_token_index = self.text_config.vocab_size
+        self.trained_stages = self.trained_stages or []
+        self.auto_map = dict(AUTO_MAP)
+
+
+VWLMMConfig.register_for_auto_class("AutoConfig")

@@ -1,0 +1,235 @@
+# Copyright 2026 The VW-LMM authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+One loss for text and visual words that never holds the logits of all positions.
+
+Text and image positions meet the same head. A text position has a one-hot target; an image position has the distribution
+of a second, linear teacher. Positions pass in chunks. The logits of a chunk become its loss and, in place, the gradient
+of these logits, and that becomes the gradients of hidden states and head, so that each chunk's logits are computed once
+and nothing of size `[positions, C]` outlives its chunk. What autograd keeps are the finished gradients.
+
+Shapes: `T` text positions, `V` image positions, `D` hidden size, `C` vocabulary size.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+
+# What the fp32 logits of one chunk may take, the teacher's beside the student's. Much smaller chunks make slow matrix
+# products, larger ones gain nothing. At C = 32000 this is 393 image positions a chunk, or 786 text positions.
+CHUNK_BYTES = 96 * 2**20
+# Softmax and divergence of a chunk run block by block on a CPU, so that their temporaries stay in its cache.
+CPU_BLOCK_BYTES = 2**20
+
+
+class LinearLossOutput(NamedTuple):
+    """
+    loss: `text_scale * cross_entropy + image_scale * kl_div`. It alone has a gradient.
+    cross_entropy: Sum over the text positions of `-log softmax(W h)[label]`, in nats.
+    kl_div: Sum over the image positions of `KL(teacher || student)`, in nats.
+    teacher_entropy, student_entropy: Sums over the image positions of the entropies of the two, in nats.
+    """
+
+    loss: torch.Tensor
+    cross_entropy: torch.Tensor
+    kl_div: torch.Tensor
+    teacher_entropy: torch.Tensor
+    student_entropy: torch.Tensor
+
+
+def linear_kl_div(
+    student_hidden: torch.Tensor,
+    student_weight: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    teacher_weight: torch.Tensor,
+) -> torch.Tensor:
+    """
+    Sum over positions of `KL(softmax(W_t x) || softmax(W_s h))`, the visual loss before its mean (equation 6 of the
+    paper), without holding the logits of all positions. Gradients reach the student alone.
+
+    Args:
+        student_hidden (`torch.Tensor` of shape `[V, D]`): Inputs `h` of the student's head.
+        student_weight (`torch.Tensor` of shape `[C, D]`): The student's head `W_s`.
+        teacher_hidden (`torch.Tensor` of shape `[V, D']`): Inputs `x` of the teacher's head.
+        teacher_weight (`torch.Tensor` of shape `[C, D']`): The teacher's head `W_t`.
+
+    Returns:
+        `torch.Tensor` of shape `()`, fp32 or wider, in nats.
+
+    Raises:
+        ValueError: If the shapes do not fit together.
+    """
+    no_labels = torch.empty(0, dtype=torch.long, device=student_hidden.device)
+    return linear_loss(student_hidden, student_weight, no_labels, teacher_hidden, teacher_weight).loss
+
+
+def linear_loss(
+    student_hidden: torch.Tensor,
+    student_weight: torch.Tensor,
+    labels: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    teacher_weight: torch.Tensor,
+    text_scale: float | torch.Tensor = 1.0,
+    image_scale: float | torch.Tensor = 1.0,
+) -> LinearLossOutput:
+    """
+    Cross-entropy at text positions and KL divergence at image positions, through one head and in one pass.
+
+    Args:
+        student_hidden (`torch.Tensor` of shape `[T + V, D]`): Inputs of the head, text positions first.
+        student_weight (`torch.Tensor` of shape `[C, D]`): The head.
+        labels (`torch.LongTensor` of shape `[T]`): Targets of the text positions.
+        teacher_hidden (`torch.Tensor` of shape `[V, D']`): Inputs of the teacher's head at the image positions.
+        teacher_weight (`torch.Tensor` of shape `[C, D']`): The teacher's head.
+        text_scale, image_scale (`float` or `torch.Tensor`): Factors of the two sums in `loss`.
+
+    Returns:
+        [`LinearLossOutput`]
+
+    Raises:
+        ValueError: If the shapes do not fit together.
+    """
+    num_positions = labels.shape[0] + teacher_hidden.shape[0]
+    if student_hidden.shape[0] != num_positions or student_weight.shape[0] != teacher_weight.shape[0]:
+        raise ValueError(
+            f"Found {student_hidden.shape[0]} student positions for {labels.shape[0]} labels and "
+            f"{teacher_hidden.shape[0]} teacher positions, and heads of {student_weight.shape[0]} and "
+            f"{teacher_weight.shape[0]} tokens; expected one student position for each label and teacher position, and "
+            "heads over one vocabulary."
+        )
+    return LinearLossOutput(
+        *_LinearLoss.apply(
+            student_hidden,
+            student_weight,
+            labels,
+            teacher_hidden,
+            teacher_weight,
+            text_scale,
+            image_scale,
+            torch.is_grad_enabled(),
+        )
+    )
+
+
+class _LinearLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, teacher_hidden, teacher_weight, text_scale, image_scale, needs_grad):
+        # Inside `forward` gradients are always off: whether anyone wants them is only known outside.
+        needs_hidden, needs_weight = (needs_grad and needed for needed in ctx.needs_input_grad[:2])
+        hidden_dtype, weight_dtype, device = hidden.dtype, weight.dtype, hidden.device
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+            hidden, weight, teacher_hidden, teacher_weight = (
+                tensor.to(dtype) for tensor in (hidden, weight, teacher_hidden, teacher_weight)
+            )
+        # In fp16 one over the number of positions would underflow before a loss scale comes to its rescue: there the
+        # larger scale stays 1 until backward, which has fp32 sums to multiply.
+        ctx.deferred_scale = 1.0
+        if hidden.dtype == torch.float16:
+            ctx.deferred_scale = torch.maximum(*(torch.as_tensor(s, device=device) for s in (text_scale, image_scale)))
+            ctx.deferred_scale = ctx.deferred_scale.where(ctx.deferred_scale > 0, 1)
+        text_factor, image_factor = text_scale / ctx.deferred_scale, image_scale / ctx.deferred_scale
+        statistics_dtype = torch.promote_types(hidden.dtype, torch.float32)
+        sums = torch.zeros(4, dtype=statistics_dtype, device=device)
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None  # [T + V, D]
+        grad_weight = torch.zeros_like(weight, dtype=statistics_dtype) if needs_weight else None  # [C, D]
+
+        def add_gradients(rows, grad_logits):
+            grad_logits = grad_logits.to(hidden.dtype)  # [R, C]
+            if needs_hidden:
+                torch.mm(grad_logits, weight, out=grad_hidden[rows])
+            if needs_weight:
+                _addmm_(grad_weight, grad_logits.T, hidden[rows])
+
+        with torch.autocast(device.type, enabled=False):
+            num_text = labels.shape[0]
+            for rows in _chunks(0, num_text, weight.shape[0]):
+                logits = _project(hidden[rows], weight)  # [R, C]
+                for block in _blocks(logits):
+                    sums[0] += _cross_entropy_(logits[block], labels[rows][block], text_factor)
+                if needs_hidden or needs_weight:
+                    add_gradients(rows, logits)
+            for rows in _chunks(num_text, hidden.shape[0], 2 * weight.shape[0]):
+                teacher_rows = slice(rows.start - num_text, rows.stop - num_text)
+                logits = _project(hidden[rows], weight)  # [R, C]
+                teacher_logits = _project(teacher_hidden[teacher_rows], teacher_weight)  # [R, C]
+                for block in _blocks(logits):
+                    sums[1:] += _kl_div_(logits[block], teacher_logits[block], image_factor)
+                del teacher_logits
+                if needs_hidden or needs_weight:
+                    add_gradients(rows, logits)
+
+        ctx.dtypes = hidden_dtype, weight_dtype
+        if hidden.dtype != torch.float16:
+            grad_hidden = None if grad_hidden is None else grad_hidden.to(hidden_dtype)
+            grad_weight = None if grad_weight is None else grad_weight.to(weight_dtype)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        outputs = (text_scale * sums[0] + image_scale * sums[1], *sums.unbind())
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss, *_):
+        # Most often both factors are 1, and a copy of the head's gradient is worth avoiding.
+        factor = ctx.deferred_scale * grad_loss
+        gradients = [
+            grad if grad is None or (factor == 1 and grad.dtype == dtype) else (grad * factor).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return (*gradients, None, None, None, None, None, None)
+
+
+def _chunks(start: int, stop: int, num_logits: int) -> Iterator[slice]:
+    # Chunks of equal size: a short last one would waste a matrix product.
+    most = max(CHUNK_BYTES // (4 * num_logits), 1)
+    count = -(-(stop - start) // most)
+    for index in range(count):
+        yield slice(start + index * (stop - start) // count, start + (index + 1) * (stop - start) // count)
+
+
+def _blocks(logits: torch.Tensor) -> Iterator[slice]:
+    num_rows, row_bytes = logits.shape[0], logits.shape[1] * logits.element_size()
+    step = max(CPU_BLOCK_BYTES // row_bytes, 1) if logits.device.type == "cpu" else max(num_rows, 1)
+    for start in range(0, num_rows, step):
+        yield slice(start, start + step)
+
+
+def _project(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    logits = hidden @ weight.T  # [R, C]
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _addmm_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
+def _cross_entropy_(logits: torch.Tensor, labels: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
+    """Returns the sum of cross-entropies; `logits` `[R, C]` become `scale` times their gradient."""
+    log_q = logits.sub_(logits.logsumexp(dim=-1, keepdim=True))  # [R, C]
+    loss = -log_q.gather(1, labels[:, None]).sum()
+    q = log_q.exp_()
+    q.scatter_add_(1, labels[:, None], -torch.ones_like(labels, dtype=q.dtype)[:, None])
+    q.mul_(scale)
+    return loss
+
+
+def _kl_div_(logits: torch.Tensor, teacher_logits: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
+    """
+    Returns the sums `[3]` of divergences and of the entropies of teacher and student; `logits` `[R, C]` become `scale`
+    times their gradient, and `teacher_logits` `[R, C]` are used up.
+    """
+    log_q = logits.sub_(logits.logsumexp(dim=-1, keepdim=True))  # [R, C]
+    log_p = teacher_logits.sub_(teacher_logits.logsumexp(dim=-1, keepdim=True))  # [R, C]
+    p, q = log_p.exp(), log_q.exp()  # [R, C]
+    teacher_entropy = -torch.dot(p.flatten(), log_p.flatten())
+    student_entropy = -torch.dot(q.flatten(), log_q.flatten())
+    # Summed as differences: the difference of two sums would lose what is left of it when the two agree.
+    kl_div = torch.dot(p.flatten(), log_p.sub_(log_q).flatten())
+    torch.sub(q, p, out=logits).mul_(scale)
+    return torch.stack([kl_div, teacher_entropy, student_entropy])

@@ -1,0 +1,9 @@
+# Copyright 2026 The VW-LMM authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The four training stages of VW-LMM as one trainer and its arguments."""
+
+from .arguments import VWLMMTrainingArguments
+from .trainer import VWLMMTrainer
+
+
+__all__ = ["VWLMMTrainer", "VWLMMTrainingArguments"]

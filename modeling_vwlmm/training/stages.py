@@ -1,0 +1,44 @@
+# Copyright 2026 The VW-LMM authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What the four stages of the paper train, on which loss, with which defaults (section 3.1, tables 3 and 4)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+ADAPTER = "model.multi_modal_projector"
+DECODER = "model.language_model"
+MM_HEAD = "lm_head"
+VM_HEAD = "model.vm_head"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """
+    One stage.
+
+    Args:
+        name: What the paper calls it.
+        trains: The modules whose parameters train. Every other parameter is frozen, the vision tower always.
+        visual_objective: The visual term of the loss, as `VWLMMForConditionalGeneration.forward` names it.
+        builds_on: The stages that must stand behind the weights it starts from.
+        global_batch_size: Samples of one optimiser step.
+        learning_rate: Peak learning rate.
+        chat_template: Template of the prompts; `None` for the processor's own.
+    """
+
+    name: str
+    trains: tuple[str, ...]
+    visual_objective: Literal["visual_words", "vm_head"] | None
+    builds_on: tuple[int, ...]
+    global_batch_size: int
+    learning_rate: float
+    chat_template: Literal["plain"] | None
+
+
+STAGES = {
+    1: Stage("adapter alignment", (ADAPTER,), None, (), 256, 1e-3, "plain"),
+    2: Stage("instruction tuning", (DECODER, MM_HEAD, ADAPTER), None, (1,), 128, 2e-5, None),
+    3: Stage("learning the visual words", (VM_HEAD,), "vm_head", (1, 2), 256, 1e-3, "plain"),
+    4: Stage("multi-modal auto-regression", (DECODER, MM_HEAD), "visual_words", (1, 2, 3), 128, 2e-5, None),
+}

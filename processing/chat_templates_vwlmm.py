@@ -1,0 +1,102 @@
+# Copyright 2026 The VW-LMM authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+The prompts of the paper's four stages as Jinja chat templates.
+
+Rules that all three share:
+
+- An image part of a user message becomes the placeholder `<image>`, with a newline behind it when more of the message
+  follows.
+- The characters `<image>` inside a message are text. They are written with `LITERAL_MARK` after the `<`, so that neither
+  the processor nor the tokenizer takes them for a placeholder; the tokenizer's normalizer removes the mark again.
+- `{% generation %}` encloses what the model is trained to write: the answer and the token that closes it.
+- A template starts with the text itself. `VWLMMProcessor.from_vision_text_pretrained` puts `{{ bos_token }}` in front for
+  the tokenizers that open a sequence with one.
+"""
+
+# A Unicode noncharacter: reserved for use inside a program, so it never occurs in real text.
+LITERAL_MARK = "\ufdd0"
+
+_CONTENT = r"""
+{%- macro content_of(message) -%}
+    {%- if message['content'] is string -%}
+        {{- message['content'] | replace('<image>', '<\ufdd0image>') -}}
+    {%- elif not message['content'] -%}
+        {{- raise_exception("a message of role '" ~ message['role'] ~ "' has no content, expected text or a list of parts.") -}}
+    {%- else -%}
+        {%- for part in message['content'] -%}
+            {%- if part['type'] == 'text' -%}
+                {{- part['text'] | replace('<image>', '<\ufdd0image>') -}}
+            {%- elif part['type'] == 'image' and message['role'] == 'user' -%}
+                {{- '<image>' if loop.last else '<image>\n' -}}
+            {%- else -%}
+                {{- raise_exception("a message of role '" ~ message['role'] ~ "' has a part of type '" ~ part['type'] ~ "', expected 'text'" ~ (" or 'image'." if message['role'] == 'user' else ". Images belong in user messages.")) -}}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{%- set system = messages[0] if messages[0]['role'] == 'system' -%}
+{%- set turns = messages[1:] if system else messages -%}
+{%- for message in turns -%}
+    {%- set expected = ['user', 'assistant'][loop.index0 % 2] -%}
+    {%- if message['role'] != expected -%}
+        {{- raise_exception("messages[" ~ (loop.index0 + (1 if system else 0)) ~ "] has role '" ~ message['role'] ~ "', expected '" ~ expected ~ "': behind an optional 'system' message come 'user' and 'assistant' in turn.") -}}
+    {%- endif -%}
+{%- endfor -%}
+"""
+
+_VICUNA_V1 = r"""
+{%- if system -%}
+    {{- content_of(system) -}}
+{%- else -%}
+    {{- "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the user's questions." -}}
+{%- endif -%}
+{{- ' ' -}}
+{%- for message in turns -%}
+    {%- if message['role'] == 'user' -%}
+        {{- 'USER: ' ~ content_of(message) -}}
+    {%- else -%}
+        {{- ' ASSISTANT:' -}}
+        {%- generation -%}
+            {{- ' ' ~ content_of(message) ~ eos_token -}}
+        {%- endgeneration -%}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- ' ASSISTANT:' -}}
+{%- endif -%}
+"""
+
+# The authors' format has no place for a system message; Mistral's own convention puts it in front of the first question.
+_MISTRAL = r"""
+{%- for message in turns -%}
+    {%- if message['role'] == 'user' -%}
+        {{- '[INST] ' ~ (content_of(system) ~ '\n\n' if system and loop.first else '') ~ content_of(message) ~ ' [/INST]' -}}
+    {%- else -%}
+        {%- generation -%}
+            {{- content_of(message) ~ eos_token -}}
+        {%- endgeneration -%}
+    {%- endif -%}
+{%- endfor -%}
+"""
+
+_PLAIN = r"""
+{%- if system or turns | length > 2 -%}
+    {{- raise_exception("the 'plain' template of stage I holds one caption, a 'user' message with the image and an 'assistant' message with the caption; found " ~ messages | length ~ " messages. Use the 'vicuna_v1' or 'mistral' template for conversations.") -}}
+{%- endif -%}
+{%- set images = [] if turns[0]['content'] is string else turns[0]['content'] | selectattr('type', 'equalto', 'image') | list -%}
+{%- if not images -%}
+    {{- raise_exception("the 'plain' template of stage I needs an image in the 'user' message, found none.") -}}
+{%- endif -%}
+{{- '<image>' * images | length -}}
+{%- if turns | length == 2 -%}
+    {%- generation -%}
+        {{- content_of(turns[1]) ~ '\n' -}}
+    {%- endgeneration -%}
+{%- endif -%}
+"""
+
+CHAT_TEMPLATES = {
+    name: (_CONTENT + template).strip()
+    for name, template in {"vicuna_v1": _VICUNA_V1, "mistral": _MISTRAL, "plain": _PLAIN}.items()
+}

@@ -1,0 +1,314 @@
+# Copyright 2026 The VW-LMM authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Reading LLaVA's data format: one JSON list of conversations, and a folder of images."""
+
+import hashlib
+import json
+import os
+import warnings
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import PIL.Image
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, Features, Image, List, Value
+from datasets.config import HF_DATASETS_CACHE
+from datasets.utils import tqdm
+from filelock import FileLock
+
+
+IMAGE_MARKER = "<image>"
+ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+FEATURES = Features(
+    {
+        "id": Value("string"),
+        "messages": List(
+            {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}
+        ),
+        "images": List(Image()),
+    }
+)
+# Part of the cache key: raise it whenever the same input gives different rows.
+CACHE_VERSION = 1
+
+
+def load_llava_dataset(json_file, image_folder, on_bad_image="raise", num_threads=None):
+    """
+    Reads a dataset in LLaVA's format: a JSON list of records with `id`, `image` (a path relative to `image_folder`, a list
+    of them, or missing for a text-only sample) and `conversations`, a list of `{"from": "human" | "gpt", "value": str}`.
+
+    Everything is checked before the dataset is returned: each record's form, and each image by decoding it once. The
+    result is kept in the cache folder of `datasets` and memory-mapped, so that the next call, and every other process of a
+    training run, only reads it. It is made anew when the JSON file or an image (its size or time of change) has changed.
+
+    As in LLaVA, the one `<image>` of a human turn moves to its front, and a conversation's leading gpt turn is dropped, as is a human turn at its end, on which there is nothing to learn.
+    Several in one turn stay where they are. In a gpt or system turn `<image>` is text.
+
+    Args:
+        json_file (`str` or `os.PathLike`): the JSON file.
+        image_folder (`str` or `os.PathLike`): the folder that every image lies in.
+        on_bad_image (`str`, *optional*, defaults to `"raise"`):
+            For a missing, truncated or non-image file: `"raise"`, or `"skip"` to leave out the samples that use it, with
+            one warning that counts them.
+        num_threads (`int`, *optional*): threads that check the images; one per CPU core by default.
+
+    Returns:
+        `datasets.Dataset` with the columns `id` (a string), `messages` (`role` and `content`, a list of text and image
+        parts, as `VWLMMProcessor.apply_chat_template` takes them) and `images` (decoded when a row is used, with its EXIF
+        orientation applied; empty for a text-only sample).
+
+    Raises:
+        `ValueError`: a malformed record (with its index and the field), a different number of `<image>` and of images (with
+        the sample's id), an image path that leaves `image_folder`, a bad image (with its path and the sample's id).
+    """
+    if on_bad_image not in ("raise", "skip"):
+        raise ValueError(f"`on_bad_image` is {on_bad_image!r}, expected 'raise' or 'skip'.")
+    image_folder = Path(image_folder).resolve()
+    cache_file = (
+        Path(HF_DATASETS_CACHE) / "llava_format" / f"{_cache_key(json_file, image_folder, on_bad_image)}.arrow"
+    )
+    cache_file.parent.mkdir(parents=True, exist_ok=True)
+    if not _is_current(cache_file):
+        with FileLock(f"{cache_file}.lock"):
+            if not _is_current(cache_file):  # another process may have made it meanwhile
+                _make(cache_file, json_file, image_folder, on_bad_image, num_threads)
+
+    dataset = Dataset.from_file(str(cache_file))
+    notes = _notes(cache_file)
+    if notes["bad_images"]:
+        shown = "".join(f"\n  {path}: {reason}" for path, reason in list(notes["bad_images"].items())[:5])
+        warnings.warn(
+            f"{json_file}: left out {notes['skipped']} of {notes['skipped'] + len(dataset)} samples because of "
+            f"{len(notes['bad_images'])} bad images, the first of them:{shown}",
+            stacklevel=2,
+        )
+    return dataset
+
+
+def _make(cache_file, json_file, image_folder, on_bad_image, num_threads):
+    rows = _read_records(json_file, image_folder)
+    first_use = {}  # path of an image -> id of the first sample with it
+    for row in rows:
+        for path in _paths(row):
+            first_use.setdefault(path, row["id"])
+    states = {
+        path: _state(path) for path in first_use
+    }  # from before the check, so that no later change goes unnoticed
+    bad_images = _find_bad_images(first_use, image_folder, on_bad_image, num_threads)
+
+    kept = [row for row in rows if bad_images.keys().isdisjoint(_paths(row))]
+    if not kept:
+        raise ValueError(f"No sample is left: all {len(rows)} use a bad image. Is the image folder the right one?")
+    watched = {path for row in kept for path in _paths(row)} | bad_images.keys()
+    notes = {
+        "digest": _digest({path: states[path] for path in watched}),
+        "bad_images": bad_images,
+        "skipped": len(rows) - len(kept),
+    }
+    _write(cache_file, kept, notes)
+
+
+def _read_records(json_file, image_folder):
+    """The rows of the dataset, with absolute image paths."""
+    with open(json_file, "rb") as file:
+        try:
+            records = json.load(file)
+        except ValueError as error:
+            raise ValueError(f"{json_file} is not valid JSON ({error}), expected one list of records.") from error
+    if not isinstance(records, list) or not records:
+        found = "an empty list" if records == [] else f"a value of type {type(records).__name__}"
+        raise ValueError(f"{json_file} holds {found}, expected a list of records.")
+    # In place, so that a record's memory is free again once its row is there.
+    for index, record in enumerate(tqdm(records, desc="Reading conversations", unit=" samples")):
+        records[index] = _row(index, record, image_folder)
+    return records
+
+
+def _row(index, record, image_folder):
+    if not isinstance(record, dict):
+        raise ValueError(f"record {index}: found a value of type {type(record).__name__}, expected an object.")
+    if isinstance(record.get("id"), bool) or not isinstance(record.get("id"), (str, int)):
+        raise _malformed(index, "id", record.get("id"), "a string or an integer")
+    images = record.get("image")
+    images = [] if images is None else images if isinstance(images, list) else [images]
+    paths = []
+    for image in images:
+        if not isinstance(image, str) or not image:
+            raise _malformed(index, "image", record["image"], "a path, a list of paths, or no such field")
+        paths.append(os.path.normpath(os.path.join(image_folder, image)))
+        if os.path.isabs(image) or not _lies_in(paths[-1], image_folder):
+            raise ValueError(
+                f"record {index} (id {record['id']!r}): the image path {image!r} leaves the image folder {image_folder}, "
+                "expected a path relative to it. Correct the path, or pass a folder that contains all images."
+            )
+
+    messages = _messages(index, record.get("conversations"))
+    markers = sum(part["type"] == "image" for message in messages for part in message["content"])
+    if markers != len(images):
+        raise ValueError(
+            f"record {index} (id {record['id']!r}): found {markers} '{IMAGE_MARKER}' in its human turns and {len(images)} "
+            "paths in 'image', expected as many of one as of the other. Add what is missing or remove the record."
+        )
+    return {
+        "id": str(record["id"]),
+        "messages": messages,
+        "images": [{"bytes": None, "path": path} for path in paths],
+    }
+
+
+def _messages(index, conversations):
+    if not isinstance(conversations, list) or not conversations:
+        raise _malformed(index, "conversations", conversations, "a list of turns")
+    for number, turn in enumerate(conversations):
+        if not isinstance(turn, dict):
+            raise _malformed(index, f"conversations[{number}]", turn, "an object with 'from' and 'value'")
+        if turn.get("from") not in [*ROLES]:  # a list, as the value may be anything
+            raise _malformed(
+                index, f"conversations[{number}].from", turn.get("from"), "'human' or 'gpt' (or 'system')"
+            )
+        if not isinstance(turn.get("value"), str):
+            raise _malformed(index, f"conversations[{number}].value", turn.get("value"), "a string")
+
+    turns = list(enumerate(conversations))
+    messages = []
+    if turns[0][1]["from"] == "system":
+        messages.append({"role": "system", "content": [_text(turns.pop(0)[1]["value"])]})
+    if turns and turns[0][1]["from"] == "gpt":  # an answer to nothing
+        turns.pop(0)
+    if turns and turns[-1][1]["from"] == "human":  # a question that nothing answers
+        turns.pop()
+    for position, (number, turn) in enumerate(turns):
+        expected = ("human", "gpt")[position % 2]
+        if turn["from"] != expected:
+            raise _malformed(
+                index, f"conversations[{number}].from", turn["from"], f"{expected!r}: human and gpt alternate"
+            )
+        content = _human_content(turn["value"]) if expected == "human" else [_text(turn["value"])]
+        messages.append({"role": ROLES[expected], "content": content})
+    if not turns or turns[-1][1]["from"] != "gpt":
+        raise ValueError(
+            f"record {index}: 'conversations' has no human turn with a gpt turn behind it, expected both in turn."
+        )
+    return messages
+
+
+def _human_content(value):
+    """Text and image parts that render as LLaVA's prompt; the chat template writes the newline behind an image."""
+    if IMAGE_MARKER not in value:
+        return [_text(value)]
+    if value.count(IMAGE_MARKER) == 1:
+        value = IMAGE_MARKER + value.replace(IMAGE_MARKER, "").strip()
+    before, *behind = value.strip().split(IMAGE_MARKER)
+    content = [_text(before)] if before else []
+    for text in behind:
+        content.append({"type": "image", "text": None})
+        text = text.removeprefix("\n")
+        content += [_text(text)] if text else []
+    return content
+
+
+def _text(text):
+    return {"type": "text", "text": text}
+
+
+def _malformed(index, field, found, expected):
+    found = "missing" if found is None else repr(found) if len(repr(found)) < 80 else f"{repr(found)[:77]}..."
+    return ValueError(f"record {index}: {field!r} is {found}, expected {expected}")
+
+
+def _find_bad_images(first_use, image_folder, on_bad_image, num_threads):
+    """Decodes every image once. Returns `{path: reason}` of the bad ones, in the order of the dataset."""
+    bad_images = {}
+    # Threads, because decoding releases the interpreter: a fork would come after the process group and CUDA are up.
+    tasks = [(path, image_folder) for path in first_use]
+    with ThreadPool(num_threads) as pool:
+        results = pool.imap(_check_image, tasks, chunksize=32)
+        progress = tqdm(results, total=len(tasks), desc="Checking images", unit=" images")
+        for (path, _), (leaves_folder, problem) in zip(tasks, progress, strict=True):
+            if leaves_folder:
+                raise ValueError(
+                    f"{path} (sample {first_use[path]!r}) is a link to {problem}, outside the image folder {image_folder}. "
+                    "Move the file into the folder, or pass a folder that contains all images."
+                )
+            if problem and on_bad_image == "raise":
+                raise ValueError(
+                    f"{path} (sample {first_use[path]!r}) is no readable image: {problem}. Restore the file, or pass "
+                    '`on_bad_image="skip"` to leave such samples out.'
+                )
+            if problem:
+                bad_images[path] = problem
+    return bad_images
+
+
+def _check_image(task):
+    """Whether the path leads out of the folder, and what is wrong with the file, or `None`."""
+    path, image_folder = task
+    target = os.path.realpath(path)
+    if not _lies_in(target, image_folder):
+        return True, target
+    try:
+        with PIL.Image.open(path) as image:
+            image.draft("RGB", (1, 1))  # a JPEG is read whole, but decoded at an eighth of its size
+            image.load()
+    except FileNotFoundError:
+        return False, "the file does not exist"
+    except Exception as error:  # the decoders raise whatever a broken file leads them to
+        return False, f"{type(error).__name__}: {error}"
+    return False, None
+
+
+def _cache_key(json_file, image_folder, on_bad_image):
+    digest = hashlib.sha256(repr((CACHE_VERSION, str(image_folder), on_bad_image)).encode())
+    with open(json_file, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:32]
+
+
+def _lies_in(path, folder):
+    return path.startswith(os.path.join(folder, ""))
+
+
+def _paths(row):
+    return [image["path"] for image in row["images"]]
+
+
+def _state(path):
+    """Changes when the file does."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def _digest(states):
+    digest = hashlib.sha256()
+    for item in sorted(states.items()):
+        digest.update(repr(item).encode())
+    return digest.hexdigest()
+
+
+def _write(cache_file, rows, notes):
+    schema = FEATURES.arrow_schema
+    schema = schema.with_metadata({**schema.metadata, "llava_format": json.dumps(notes)})
+    unfinished = cache_file.with_suffix(".unfinished")
+    with pa.OSFile(str(unfinished), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        for start in tqdm(range(0, len(rows), 1000), desc="Writing the dataset", unit="k samples"):
+            writer.write(pa.RecordBatch.from_pylist(rows[start : start + 1000], schema=schema))
+    os.replace(unfinished, cache_file)
+
+
+def _notes(cache_file):
+    with pa.memory_map(str(cache_file)) as file:
+        return json.loads(pa.ipc.open_stream(file).schema.metadata[b"llava_format"])
+
+
+def _is_current(cache_file):
+    if not cache_file.exists():
+        return False
+    images = pc.list_flatten(Dataset.from_file(str(cache_file)).data.column("images"))
+    notes = _notes(cache_file)
+    watched = set(pc.struct_field(images, "path").to_pylist()) | notes["bad_images"].keys()
+    return _digest({path: _state(path) for path in watched}) == notes["digest"]

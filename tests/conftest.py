@@ -1,0 +1,93 @@
+# Copyright 2026 The VW-LMM authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Shared by all tests: the two golden checkpoints, converted once, and a small mixed dataset."""
+
+import os
+
+
+# Before torch and transformers are imported: nothing may reach for the network, and two test workers share two cores.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import logging
+
+from modeling_vwlmm import VWLMMForConditionalGeneration, convert_official_checkpoint
+from processing_vwlmm import VWLMMProcessor
+
+
+GOLDEN = Path(__file__).parent / "golden"
+
+logging.disable_progress_bar()
+datasets.disable_progress_bars()
+
+
+@pytest.fixture(scope="session")
+def vicuna(tmp_path_factory) -> str:
+    """Folder of the converted golden checkpoint: 16 image tokens an image, 480 tokens, placeholder 480."""
+    folder = tmp_path_factory.mktemp("converted") / "vicuna"
+    convert_official_checkpoint(GOLDEN / "vicuna", folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def pif(tmp_path_factory) -> str:
+    """Folder of the converted golden checkpoint with pseudo image features."""
+    folder = tmp_path_factory.mktemp("converted") / "pif"
+    convert_official_checkpoint(GOLDEN / "pif", folder)
+    return str(folder)
+
+
+@pytest.fixture
+def model(vicuna) -> VWLMMForConditionalGeneration:
+    return VWLMMForConditionalGeneration.from_pretrained(vicuna, dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def processor(vicuna) -> VWLMMProcessor:
+    return VWLMMProcessor.from_pretrained(vicuna)
+
+
+def make_image(seed: int) -> Image.Image:
+    """A noise image whose size depends on the seed, too."""
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (20 + seed % 17, 24 + seed % 11, 3), dtype=np.uint8))
+
+
+def make_conversation(*turns: tuple[int, str, str]) -> list[dict]:
+    """Messages of turns (number of images, question, answer)."""
+    messages = []
+    for num_images, question, answer in turns:
+        content = [{"type": "image"}] * num_images + [{"type": "text", "text": question}]
+        messages.append({"role": "user", "content": content})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return messages
+
+
+@pytest.fixture(scope="session")
+def dataset() -> datasets.Dataset:
+    """Eight samples of unequal length: one image, none, two in one turn, one in a later turn."""
+    conversations = [
+        make_conversation((1, "What is the color of the circle?", "Red.")),
+        make_conversation((0, "How many people?", "Two people walking, and a dog behind them.")),
+        make_conversation((2, "What is left?", "A red circle.")),
+        make_conversation((0, "Hello?", "Hello."), (1, "Describe the image.", "A blue square and a dog.")),
+        make_conversation((1, "Where?", "Left.")),
+        make_conversation((1, "Describe the image.", "A red circle left of a blue square.")),
+        make_conversation((0, "Who?", "Me.")),
+        make_conversation((1, "What shape is it?", "A circle."), (0, "Which color?", "It is blue, and so am I.")),
+    ]
+    num_images = [sum(part["type"] == "image" for m in c for part in m["content"]) for c in conversations]
+    return datasets.Dataset.from_dict(
+        {
+            "id": [f"sample-{i}" for i in range(len(conversations))],
+            "messages": conversations,
+            "images": [[make_image(10 * i + j) for j in range(n)] for i, n in enumerate(num_images)],
+        }
+    ).cast_column("images", datasets.List(datasets.Image()))

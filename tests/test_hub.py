@@ -1,0 +1,141 @@
+# Copyright 2026 The VW-LMM authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A saved folder is complete: it works in a Python process that does not have this package."""
+
+import filecmp
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from conftest import make_image
+
+
+CODE_FILES = {
+    "configuration_vwlmm.py",
+    "modeling_vwlmm.py",
+    "loss_vwlmm.py",
+    "processing_vwlmm.py",
+    "chat_templates_vwlmm.py",
+}
+OTHER_FILES = {
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+}
+
+
+def run_without_package(script: str, cwd: Path) -> str:
+    """Runs a script in a process where only the package's own folders are not importable."""
+    blocker = textwrap.dedent(
+        """
+        import sys
+        class Blocker:
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] in ("modeling_vwlmm", "processing_vwlmm"):
+                    raise ModuleNotFoundError(f"No module named {name!r}")
+        sys.meta_path.insert(0, Blocker())
+        """
+    )
+    environment = {**os.environ, "HF_MODULES_CACHE": str(cwd / "modules"), "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", blocker + textwrap.dedent(script)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def without_package(vicuna, tmp_path_factory) -> Path:
+    """A folder in which another process has loaded, used and saved the checkpoint."""
+    cwd = tmp_path_factory.mktemp("elsewhere")
+    shutil.copytree(vicuna, cwd / "checkpoint")
+    make_image(3).save(cwd / "image.png")
+    output = run_without_package(
+        """
+        import torch
+        from transformers import (AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM,
+                                  AutoProcessor, pipeline)
+        trust = {"trust_remote_code": True}
+        print("config", AutoConfig.from_pretrained("checkpoint", **trust).model_type)
+        print("base", type(AutoModel.from_pretrained("checkpoint", **trust)).__name__)
+        print("multimodal", type(AutoModelForMultimodalLM.from_pretrained("checkpoint", **trust)).__name__)
+        model = AutoModelForImageTextToText.from_pretrained("checkpoint", **trust)
+        processor = AutoProcessor.from_pretrained("checkpoint", **trust)
+        print("model", type(model).__name__, type(processor).__name__)
+
+        ask = lambda image: [{"role": "user", "content": [{"type": "image", "image": image},
+                                                         {"type": "text", "text": "Describe the image."}]}]
+        inputs = processor.apply_chat_template(ask("image.png"), add_generation_prompt=True, tokenize=True,
+                                               return_dict=True, return_tensors="pt")
+        ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1]:]
+        print("generated", ids.tolist())
+        pipe = pipeline("image-text-to-text", model="checkpoint", **trust)
+        text = pipe(text=ask("image.png"), max_new_tokens=8, do_sample=False, return_full_text=False)
+        print("pipeline", text[0]["generated_text"] == processor.decode(ids, skip_special_tokens=True))
+        print("words", tuple(model.get_visual_words(inputs["pixel_values"], top_k=2).token_ids.shape))
+
+        model.save_pretrained("again")
+        processor.save_pretrained("again")
+        AutoModel.from_pretrained("checkpoint", **trust).save_pretrained("base")
+        again = AutoModelForImageTextToText.from_pretrained("again", **trust)
+        same = all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+        print("weights", same, type(AutoProcessor.from_pretrained("again", **trust)).__name__)
+        """,
+        cwd,
+    )
+    (cwd / "output.txt").write_text(output)
+    return cwd
+
+
+def test_folder_holds_every_file(vicuna):
+    assert {path.name for path in Path(vicuna).iterdir()} == CODE_FILES | OTHER_FILES
+
+
+def test_auto_classes_and_pipeline(without_package, model, processor):
+    lines = dict(line.split(" ", 1) for line in (without_package / "output.txt").read_text().splitlines())
+    assert lines["config"] == "vwlmm"
+    assert lines["base"] == "VWLMMModel"
+    assert lines["multimodal"] == "VWLMMForConditionalGeneration"
+    assert lines["model"] == "VWLMMForConditionalGeneration VWLMMProcessor"
+    assert lines["pipeline"] == "True"
+    assert lines["words"] == "(1, 16, 2)"
+    assert lines["weights"] == "True VWLMMProcessor"
+    # The other process answers as this one does.
+    messages = [
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": make_image(3)}, {"type": "text", "text": "Describe the image."}],
+        }
+    ]
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert lines["generated"] == str(ids.tolist())
+
+
+def test_saving_again_loses_no_file(without_package):
+    again = {path.name for path in (without_package / "again").iterdir()}
+    assert again == CODE_FILES | OTHER_FILES
+    for name in CODE_FILES | {"chat_template.jinja", "tokenizer.json"}:
+        assert filecmp.cmp(without_package / "checkpoint" / name, without_package / "again" / name, shallow=False), (
+            name
+        )
+
+
+def test_base_model_saved_alone_is_complete(without_package):
+    saved = {path.name for path in (without_package / "base").iterdir()}
+    assert saved >= {"config.json", "model.safetensors", "configuration_vwlmm.py", "modeling_vwlmm.py"}

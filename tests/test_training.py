@@ -1,0 +1,712 @@
+# Copyright 2026 The VW-LMM authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The four stages: what trains, on which loss, over which positions, and what stops a run."""
+
+import copy
+import json
+import math
+
+import datasets
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import GOLDEN, make_conversation, make_image
+from peft import LoraConfig
+from torch.testing import assert_close
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from trl import SFTConfig
+
+from modeling_vwlmm import VWLMMForConditionalGeneration, VWLMMTrainer, VWLMMTrainingArguments
+from processing_vwlmm import VWLMMProcessor
+
+
+IMAGE = 480  # id of the placeholder
+ADAPTER, DECODER, MM_HEAD, VM_HEAD = (
+    "model.multi_modal_projector.",
+    "model.language_model.",
+    "lm_head.",
+    "model.vm_head.",
+)
+TRAINS = {1: (ADAPTER,), 2: (DECODER, MM_HEAD, ADAPTER), 3: (VM_HEAD,), 4: (DECODER, MM_HEAD)}
+LOSSES = {1: {"language"}, 2: {"language"}, 3: {"visual"}, 4: {"language", "visual"}}
+
+
+@pytest.fixture(scope="session")
+def captions() -> datasets.Dataset:
+    """Eight captions of unequal length, one with two images: data of stages I and III."""
+    words = ["a", "red", "circle", "left", "of", "a", "blue", "square"]
+    samples = [make_conversation((1 + (i == 3), "", " ".join(words[: i + 1]))) for i in range(8)]
+    return datasets.Dataset.from_dict(
+        {
+            "id": [f"caption-{i}" for i in range(8)],
+            "messages": samples,
+            "images": [[make_image(100 + 10 * i + j) for j in range(1 + (i == 3))] for i in range(8)],
+        }
+    ).cast_column("images", datasets.List(datasets.Image()))
+
+
+@pytest.fixture
+def make_trainer(model, processor, dataset, captions, tmp_path):
+    """Makes a trainer with settings under which a step can be computed by hand."""
+
+    def make(stage, train_dataset=None, model=model, trainer_kwargs=None, **kwargs):
+        defaults = {
+            "per_device_train_batch_size": 4,
+            "global_batch_size": 8,
+            "max_steps": 1,
+            "learning_rate": 1e-2,
+            "lr_scheduler_type": "constant",
+            "warmup_steps": 0,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+        }
+        args = VWLMMTrainingArguments(str(tmp_path / "run"), stage=stage, **{**defaults, **kwargs})
+        if train_dataset is None:
+            train_dataset = captions if stage in (1, 3) else dataset
+        return VWLMMTrainer(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            processing_class=copy.deepcopy(processor),
+            **(trainer_kwargs or {}),
+        )
+
+    return make
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def logs(trainer) -> list[dict]:
+    """The logged steps, without the summary of the run."""
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def by_hand(model, trainer, samples, stage) -> dict[str, float]:
+    """Both losses of samples, one sample and one position at a time."""
+    language, visual, entropy = [], [], []
+    for sample in samples:
+        inputs = trainer.data_collator([sample])
+        labels = inputs.pop("labels")[0].tolist()
+        with torch.no_grad():
+            output = model(**inputs)
+        log_q = output.logits[0].double().log_softmax(-1)  # [L, C]
+        language += [-log_q[n - 1, label] for n, label in enumerate(labels) if n > 0 and label != -100]
+        positions = [n for n, token in enumerate(inputs["input_ids"][0].tolist()) if token == IMAGE]
+        for i, n in enumerate(positions):
+            if n > 0:
+                log_p = model.model.vm_head(output.image_hidden_states[i]).double().log_softmax(-1).detach()
+                student, teacher = (log_p, log_q[n - 1]) if stage == 3 else (log_q[n - 1], log_p)
+                visual.append(F.kl_div(student, teacher, log_target=True, reduction="sum"))
+                entropy.append(-(log_p.exp() * log_p).sum())
+    expected = {}
+    if "language" in LOSSES[stage]:
+        expected |= {"language_loss": torch.stack(language).mean().item(), "num_text_positions": len(language)}
+    if "visual" in LOSSES[stage]:
+        expected |= {"visual_loss": torch.stack(visual).mean().item(), "num_image_positions": len(visual)}
+        expected["visual_word_entropy"] = torch.stack(entropy).mean().item()
+    expected["loss"] = expected.get("language_loss", 0) + expected.get("visual_loss", 0)
+    return expected
+
+
+class TestArguments:
+    def test_no_stage_and_unknown_stage(self, tmp_path):
+        for stage in (None, 0, 5, "2"):
+            with pytest.raises(ValueError, match=rf"`stage` is {stage!r}; expected 1, 2, 3 or 4"):
+                VWLMMTrainingArguments(str(tmp_path), stage=stage)
+
+    @pytest.mark.parametrize(
+        ("stage", "global_batch_size", "learning_rate", "chat_template", "objective"),
+        [
+            (1, 256, 1e-3, "plain", None),
+            (2, 128, 2e-5, None, None),
+            (3, 256, 1e-3, "plain", "vm_head"),
+            (4, 128, 2e-5, None, "visual_words"),
+        ],
+    )
+    def test_defaults_are_those_of_the_paper(
+        self, tmp_path, stage, global_batch_size, learning_rate, chat_template, objective
+    ):
+        args = VWLMMTrainingArguments(str(tmp_path), stage=stage, per_device_train_batch_size=16, use_cpu=True)
+        assert args.global_batch_size == global_batch_size
+        assert args.gradient_accumulation_steps == global_batch_size // 16
+        assert args.learning_rate == learning_rate
+        assert args.chat_template == chat_template
+        assert args.visual_objective == objective
+        assert (args.weight_decay, args.lr_scheduler_type, args.num_train_epochs) == (0, "cosine", 1)
+        assert args.optim.value.startswith("adamw")
+        assert args.get_warmup_steps(1000) == 30
+        assert args.assistant_only_loss
+
+    def test_what_the_user_passes_wins(self, tmp_path):
+        args = VWLMMTrainingArguments(
+            str(tmp_path),
+            stage=1,
+            use_cpu=True,
+            per_device_train_batch_size=2,
+            global_batch_size=6,
+            learning_rate=0.5,
+            chat_template="vicuna_v1",
+            lr_scheduler_type="linear",
+            warmup_steps=7,
+            num_train_epochs=3,
+            weight_decay=0.1,
+            max_length=99,
+        )
+        assert (args.gradient_accumulation_steps, args.learning_rate, args.chat_template) == (3, 0.5, "vicuna_v1")
+        assert (args.lr_scheduler_type, args.get_warmup_steps(1000), args.num_train_epochs) == ("linear", 7, 3)
+        assert (args.weight_decay, args.max_length) == (0.1, 99)
+
+    def test_accumulation_steps_give_the_global_batch_size(self, tmp_path):
+        args = VWLMMTrainingArguments(
+            str(tmp_path), stage=2, per_device_train_batch_size=4, gradient_accumulation_steps=3, use_cpu=True
+        )
+        assert args.global_batch_size == 12
+
+    def test_both_must_agree(self, tmp_path):
+        with pytest.raises(
+            ValueError, match="`global_batch_size` is 16, but .* is 12.*Leave `gradient_accumulation_st"
+        ):
+            VWLMMTrainingArguments(
+                str(tmp_path),
+                stage=2,
+                per_device_train_batch_size=4,
+                gradient_accumulation_steps=3,
+                global_batch_size=16,
+            )
+
+    @pytest.mark.parametrize(
+        ("world_size", "per_device", "size", "message"),
+        [
+            (1, 8, 20, r"not a multiple of the 8 .*Set it to 16 or 24, or set `per_device_train_batch_size` to 5\."),
+            (1, 8, 4, r"Set it to 8, or set `per_device_train_batch_size` to 4\."),
+            (4, 8, 100, r"the 32 samples .*4 processes.*Set it to 96 or 128, or set .* to 5\."),
+            (3, 8, 128, r"the 24 samples .*3 processes.*Set it to 120 or 144\."),
+            (1, 8, 0, r"`global_batch_size` is 0.*Set it to 8\."),
+        ],
+    )
+    def test_impossible_sizes(self, tmp_path, monkeypatch, world_size, per_device, size, message):
+        monkeypatch.setenv("WORLD_SIZE", str(world_size))
+        with pytest.raises(ValueError, match=message):
+            VWLMMTrainingArguments(
+                str(tmp_path), stage=4, per_device_train_batch_size=per_device, global_batch_size=size
+            )
+
+    def test_processes_count(self, tmp_path, monkeypatch):
+        # Set for this alone: the arguments read it first, and a process group cannot be joined here.
+        monkeypatch.setenv("WORLD_SIZE", "4")
+        monkeypatch.setattr(SFTConfig, "__post_init__", lambda self: None)
+        args = VWLMMTrainingArguments(str(tmp_path), stage=4, per_device_train_batch_size=8)
+        assert args.gradient_accumulation_steps == 4
+
+    def test_ablation_has_no_visual_objective(self, tmp_path):
+        args = VWLMMTrainingArguments(str(tmp_path), stage=4, visual_loss_weight=0, use_cpu=True)
+        assert args.visual_objective is None
+
+
+class TestWhatTrains:
+    @pytest.mark.parametrize("use_pseudo_image_features", [False, True], ids=["plain", "pseudo_image_features"])
+    @pytest.mark.parametrize("stage", [1, 2, 3, 4])
+    def test_parameters_of_the_stage_and_no_other(self, make_trainer, model, stage, use_pseudo_image_features):
+        model.config.use_pseudo_image_features = use_pseudo_image_features
+        before = weights(model)
+        trainer = make_trainer(stage, max_steps=2)
+        trainer.train()
+        changed = {name for name, value in weights(model).items() if not torch.equal(value, before[name])}
+        assert changed == {name for name in before if name.startswith(TRAINS[stage])}
+
+    def test_frozen_from_an_earlier_stage_trains_again(self, make_trainer, model):
+        make_trainer(1)
+        assert not model.lm_head.weight.requires_grad
+        make_trainer(4)
+        assert model.lm_head.weight.requires_grad
+        assert not any(parameter.requires_grad for parameter in model.model.multi_modal_projector.parameters())
+
+    def test_ablation_trains_on_the_language_loss_alone(self, make_trainer, model):
+        before = weights(model)
+        trainer = make_trainer(4, visual_loss_weight=0)
+        trainer.train()
+        changed = {name for name, value in weights(model).items() if not torch.equal(value, before[name])}
+        assert changed == {name for name in before if name.startswith(TRAINS[4])}
+        assert "visual_loss" not in logs(trainer)[0]
+        assert logs(trainer)[0]["loss"] == pytest.approx(logs(trainer)[0]["language_loss"])
+
+    def test_visual_loss_weight(self, make_trainer):
+        entry = (trainer := make_trainer(4, visual_loss_weight=0.5)).train() and logs(trainer)[0]
+        assert entry["loss"] == pytest.approx(entry["language_loss"] + 0.5 * entry["visual_loss"])
+
+    def test_visual_loss_weight_is_not_of_stage_3(self, make_trainer):
+        entry = (trainer := make_trainer(3, visual_loss_weight=0)).train() and logs(trainer)[0]
+        assert entry["loss"] == pytest.approx(entry["visual_loss"])
+        assert entry["loss"] > 0.1
+
+    def test_stage_3_and_4_lower_their_losses(self, make_trainer):
+        for stage in (3, 4):
+            trainer = make_trainer(stage, max_steps=6)
+            trainer.train()
+            first, *_, last = logs(trainer)
+            for name in LOSSES[stage]:
+                assert last[f"{name}_loss"] < first[f"{name}_loss"]
+
+    def test_defaults_of_trl_train_too(self, make_trainer):
+        """bf16 and gradient checkpointing, which the other tests switch off."""
+        for stage in (2, 3, 4):
+            trainer = make_trainer(stage, bf16=True, gradient_checkpointing=True)
+            trainer.train()
+            assert math.isfinite(logs(trainer)[0]["loss"])
+
+
+class TestPrompts:
+    def test_stage_1_reads_captions_as_llava_does(self, make_trainer):
+        """Token ids and labels of LLaVA's own preprocessing."""
+        case = next(c for c in json.loads((GOLDEN / "llava_labels.json").read_text()) if c["template"] == "plain")
+        caption = case["conversations"][-1]["value"]
+        collator = make_trainer(1).data_collator
+        batch = collator([{"messages": make_conversation((1, "", caption)), "images": [make_image(1)]}])
+        for name, filler in (("input_ids", IMAGE), ("labels", -100)):
+            expected = [
+                t
+                for token, i in zip(case[name], case["input_ids"], strict=True)
+                for t in [token if i != -200 else filler] * (16 if i == -200 else 1)
+            ]
+            assert batch[name][0].tolist() == expected
+
+    def test_stage_2_supervises_what_the_assistant_says(self, make_trainer, processor, dataset):
+        batch = make_trainer(2).data_collator([dataset[3]])
+        labels = batch["labels"][0]
+        assert processor.decode(labels[labels != -100]) == processor.decode(
+            processor.tokenizer("Hello.</s>A blue square and a dog.</s>", add_special_tokens=False).input_ids
+        )
+
+    def test_processor_keeps_its_own_template(self, make_trainer, processor):
+        trainer = make_trainer(1)
+        assert trainer.processing_class.chat_template == processor.chat_template
+
+    def test_template_of_the_user(self, make_trainer, processor, captions):
+        template = "{% for m in messages %}{% if m.role == 'user' %}<image>{% else %}{% generation %}X{% endgeneration %}{% endif %}{% endfor %}"
+        batch = make_trainer(3, chat_template=template).data_collator([captions[0]])
+        assert batch["input_ids"].shape[1] == 16 + len(processor.tokenizer("X", add_special_tokens=False).input_ids)
+
+
+class TestNormalisation:
+    SGD = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
+
+    @pytest.mark.parametrize("stage", [1, 2, 3, 4])
+    def test_micro_batches_make_the_same_step(self, make_trainer, vicuna, stage):
+        results = []
+        for size in (8, 4, 2, 1):
+            model = VWLMMForConditionalGeneration.from_pretrained(vicuna)
+            before = weights(model)
+            trainer = make_trainer(stage, model=model, per_device_train_batch_size=size, **self.SGD)
+            assert trainer.args.gradient_accumulation_steps == 8 // size
+            trainer.train()
+            results.append((logs(trainer)[0], weights(model)))
+        (log, after), *others = results
+        assert any((after[name] - before[name]).abs().max() > 1e-3 for name in after)
+        for other_log, other_after in others:
+            for name in [*(f"{loss}_loss" for loss in LOSSES[stage]), "loss"]:
+                assert other_log[name] == pytest.approx(log[name], rel=1e-5), name
+            for name in after:
+                assert_close(other_after[name], after[name], atol=2e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+    def test_last_step_of_an_epoch_may_be_short(self, make_trainer, vicuna, dataset):
+        """Three samples in micro-batches of two: one of two, one of one."""
+        results = []
+        for size, step in ((2, 8), (4, 8)):
+            model = VWLMMForConditionalGeneration.from_pretrained(vicuna)
+            trainer = make_trainer(
+                4,
+                dataset.select(range(3)),
+                model=model,
+                per_device_train_batch_size=size,
+                global_batch_size=step,
+                **self.SGD,
+            )
+            trainer.train()
+            results.append((logs(trainer)[0]["loss"], weights(model)))
+        assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+        for name, value in results[0][1].items():
+            assert_close(value, results[1][1][name], atol=2e-6, rtol=1e-5)
+
+    @pytest.mark.parametrize("stage", [1, 2, 3, 4])
+    def test_gradient_is_that_of_the_means_over_all_positions(self, make_trainer, model, vicuna, stage):
+        """The SGD step divided by the learning rate is the gradient of the two means of the whole batch."""
+        trainer = make_trainer(stage, model=model, per_device_train_batch_size=2, **self.SGD)
+        reference = VWLMMForConditionalGeneration.from_pretrained(vicuna)
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
+        before = weights(model)
+        trainer.train()
+        reference(**batch, visual_objective=trainer.args.visual_objective).loss.backward()
+        for name, value in weights(model).items():
+            if name.startswith(TRAINS[stage]):
+                gradient = reference.get_parameter(name).grad
+                assert_close((before[name] - value) / 0.1, gradient, atol=2e-5, rtol=1e-4)
+
+
+class TestLogs:
+    @pytest.mark.parametrize("stage", [1, 2, 3, 4])
+    def test_names_and_values(self, make_trainer, model, stage):
+        trainer = make_trainer(stage, per_device_train_batch_size=2)
+        expected = by_hand(model, trainer, trainer.train_dataset, stage)
+        trainer.train()
+        entry = logs(trainer)[0]
+        for name, value in expected.items():
+            assert entry[name] == pytest.approx(value, rel=1e-4), name
+        others = {"language_loss", "visual_loss", "visual_word_entropy", "num_text_positions", "num_image_positions"}
+        assert not (others - expected.keys()) & entry.keys()
+
+    def test_sums_start_anew_behind_every_log(self, make_trainer):
+        trainer = make_trainer(4, max_steps=4, logging_steps=2, learning_rate=1e-12)
+        trainer.train()
+        first, second = logs(trainer)
+        trainer = make_trainer(4, max_steps=1, learning_rate=1e-12)
+        trainer.train()
+        one = logs(trainer)[0]
+        for name in ("num_text_positions", "num_image_positions"):
+            assert first[name] == second[name] == 2 * one[name]
+        assert second["visual_loss"] == pytest.approx(one["visual_loss"], rel=1e-5)
+
+    @pytest.mark.parametrize("stage", [2, 3, 4])
+    def test_evaluation(self, make_trainer, model, dataset, captions, stage):
+        data = captions if stage == 3 else dataset
+        trainer = make_trainer(
+            stage, trainer_kwargs={"eval_dataset": data.select(range(5))}, per_device_eval_batch_size=2
+        )
+        expected = by_hand(model, trainer, data.select(range(5)), stage)
+        trainer.evaluate()
+        entry = trainer.state.log_history[-1]
+        for name, value in expected.items():
+            if name != "loss":  # a mean over batches, as everywhere in Transformers
+                assert entry[f"eval_{name}"] == pytest.approx(value, rel=1e-4), name
+        assert math.isfinite(entry["eval_loss"])
+
+    def test_evaluation_between_steps_mixes_nothing(self, make_trainer, dataset):
+        trainer = make_trainer(
+            4,
+            max_steps=2,
+            learning_rate=1e-12,
+            eval_strategy="steps",
+            eval_steps=1,
+            logging_steps=2,
+            trainer_kwargs={"eval_dataset": dataset.select(range(2))},
+        )
+        trainer.train()
+        alone = make_trainer(4, max_steps=2, learning_rate=1e-12, logging_steps=2)
+        alone.train()
+        assert logs(trainer)[0]["num_text_positions"] == logs(alone)[0]["num_text_positions"]
+        assert logs(trainer)[0]["language_loss"] == pytest.approx(logs(alone)[0]["language_loss"], rel=1e-5)
+
+    def test_metrics_of_evaluate_name_both_losses(self, make_trainer, dataset):
+        trainer = make_trainer(4, trainer_kwargs={"eval_dataset": dataset.select(range(2))})
+        assert {"eval_loss", "eval_language_loss", "eval_visual_loss"} <= trainer.evaluate().keys()
+
+
+class TestMetrics:
+    def test_compute_metrics_sees_logits_beside_the_visual_objective(self, make_trainer, dataset):
+        shapes = []
+
+        def compute_metrics(prediction):
+            shapes.append((prediction.predictions.shape, prediction.label_ids.shape))
+            return {"seen": 1.0}
+
+        trainer_kwargs = {"eval_dataset": dataset.select([0]), "compute_metrics": compute_metrics}
+        metrics = make_trainer(4, trainer_kwargs=trainer_kwargs).evaluate()
+        ((predictions, labels),) = shapes
+        assert predictions == (*labels, 480)
+        assert metrics["eval_seen"] == 1.0
+
+    def test_compute_metrics_in_stage_3_is_an_error(self, make_trainer):
+        with pytest.raises(ValueError, match="compute_metrics"):
+            make_trainer(3, trainer_kwargs={"compute_metrics": lambda prediction: {}})
+
+
+class TestData:
+    @pytest.mark.parametrize("stage", [2, 4])
+    @pytest.mark.parametrize(
+        "samples", [[1, 6], [2, 2], [3, 3], [0, 1]], ids=["text_only", "two_images", "later_turn", "mixed"]
+    )
+    def test_trains(self, make_trainer, model, dataset, samples, stage):
+        before = weights(model)
+        trainer = make_trainer(
+            stage, dataset.select(samples), per_device_train_batch_size=1, global_batch_size=2, max_steps=1
+        )
+        trainer.train()
+        assert math.isfinite(logs(trainer)[0]["loss"])
+        assert not torch.equal(model.lm_head.weight, before["lm_head.weight"])
+        if samples == [1, 6] and stage == 4:
+            assert logs(trainer)[0]["visual_loss"] == 0
+            assert logs(trainer)[0]["num_image_positions"] == 0
+
+    @pytest.mark.parametrize("stage", [1, 3])
+    def test_text_only_micro_batch_adds_nothing_to_a_stage_that_learns_from_images(
+        self, make_trainer, model, dataset, stage
+    ):
+        before = weights(model)
+        trainer = make_trainer(
+            stage,
+            dataset.select([1, 6]),
+            chat_template="vicuna_v1",
+            per_device_train_batch_size=1,
+            global_batch_size=2,
+        )
+        trainer.train()
+        assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+
+    def test_dataset_without_a_column_of_images(self, make_trainer, model, dataset):
+        before = weights(model)
+        trainer = make_trainer(2, dataset.select([1, 6]).remove_columns("images"), global_batch_size=4)
+        trainer.train()
+        assert math.isfinite(logs(trainer)[0]["language_loss"])
+        assert not torch.equal(model.lm_head.weight, before["lm_head.weight"])
+
+    def test_supervising_all_text_leaves_placeholders_out(self, make_trainer, model, dataset):
+        trainer = make_trainer(4, dataset, assistant_only_loss=False)
+        batch = trainer.data_collator([dataset[0]])
+        assert (batch["input_ids"] == IMAGE).sum() == 16
+        assert not (batch["labels"] == IMAGE).any() and (batch["labels"] != -100).sum() > 50
+        trainer.train()
+        assert math.isfinite(logs(trainer)[0]["loss"])
+        # And as everybody writes it.
+        inputs = {**batch, "labels": batch["input_ids"].clone()}
+        for objective in (None, "visual_words"):
+            assert math.isfinite(model(**inputs, visual_objective=objective).language_loss)
+
+    def test_streaming_dataset(self, make_trainer, dataset):
+        trainer = make_trainer(4, dataset.to_iterable_dataset())
+        trainer.train()
+        assert logs(trainer)[0]["num_image_positions"] == 7 * 16
+
+
+class TestCheckpoints:
+    def test_resumed_run_continues_identically(self, make_trainer, vicuna, tmp_path):
+        settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 2}
+        settings |= {"global_batch_size": 4, "lr_scheduler_type": "cosine"}
+        through = make_trainer(4, **settings)
+        through.train()
+        resumed = make_trainer(4, model=VWLMMForConditionalGeneration.from_pretrained(vicuna), **settings)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+        assert [e["step"] for e in logs(resumed)] == [1, 2, 3, 4]
+        for ours, theirs in zip(logs(resumed), logs(through), strict=True):
+            for name in ("loss", "language_loss", "visual_loss", "learning_rate"):
+                assert ours[name] == theirs[name], name
+        for name, value in weights(through.model).items():
+            assert torch.equal(value, resumed.model.get_parameter(name)), name
+
+    def test_saved_model_is_complete(self, make_trainer, model, processor, tmp_path):
+        model.config.trained_stages = [1, 2]
+        trainer = make_trainer(3)
+        trainer.train()
+        trainer.save_model(tmp_path / "saved")
+        again = VWLMMForConditionalGeneration.from_pretrained(tmp_path / "saved")
+        assert again.config.trained_stages == [1, 2, 3]
+        for name, value in weights(model).items():
+            assert torch.equal(value, again.get_parameter(name)), name
+        saved = VWLMMProcessor.from_pretrained(tmp_path / "saved")
+        assert saved.chat_template == processor.chat_template
+        assert saved.image_token_id == IMAGE
+        # Nothing that training needed stays behind: generation pads on the left, and cuts nothing.
+        assert saved.tokenizer.padding_side == "left"
+        assert len(saved.tokenizer("dog " * 3000).input_ids) > 3000
+        assert json.loads((tmp_path / "saved" / "config.json").read_text())["text_config"]["use_cache"]
+
+    def test_next_stage_starts_from_the_folder(self, make_trainer, tmp_path):
+        make_trainer(3).train()
+        trainer = make_trainer(3)
+        trainer.save_model(tmp_path / "stage3")
+        following = make_trainer(4, model=str(tmp_path / "stage3"))
+        following.train()
+        assert following.model.dtype == torch.float32
+
+    def test_training_again_names_a_stage_once(self, make_trainer, model):
+        for _ in range(2):
+            make_trainer(4).train()
+        assert model.config.trained_stages == [1, 2, 3, 4]
+
+    def test_stage_counts_only_when_it_has_run(self, make_trainer, model):
+        model.config.trained_stages = []
+        trainer = make_trainer(2)
+        assert model.config.trained_stages == []
+        trainer.train()
+        assert model.config.trained_stages == [2]
+
+
+class NotANumber(TrainerCallback):
+    """Spoils a weight before the third step."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 2:
+            model.lm_head.weight.data[7, 7] = float("nan")
+
+
+class TestErrors:
+    @pytest.mark.parametrize("stage", [2, 3, 4])
+    def test_loss_that_is_no_number_stops_the_run(self, make_trainer, tmp_path, stage):
+        trainer = make_trainer(
+            stage,
+            max_steps=5,
+            save_strategy="steps",
+            save_steps=1,
+            trainer_kwargs={"callbacks": [NotANumber()]},
+        )
+        with pytest.raises(FloatingPointError, match="loss of step 3 is nan"):
+            trainer.train()
+        saved = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
+        assert saved == ["checkpoint-1", "checkpoint-2"]
+        last = VWLMMForConditionalGeneration.from_pretrained(tmp_path / "run" / "checkpoint-2")
+        assert all(parameter.isfinite().all() for parameter in last.parameters())
+
+    def test_max_length_below_the_image_tokens(self, make_trainer):
+        with pytest.raises(ValueError, match=r"`max_length` is 32.*sample 'sample-2' has 2 images of 16 tokens"):
+            make_trainer(2, max_length=32)
+
+    def test_max_length_that_cuts_behind_the_prompt(self, make_trainer, dataset):
+        # Room for the image tokens, not for the system prompt in front of them.
+        with pytest.raises(ValueError, match=r"sample-4.*`max_length`=100"):
+            make_trainer(2, dataset.select([4, 4]), max_length=100, global_batch_size=4).train()
+
+    def test_max_length_looks_at_the_samples_that_are_left(self, make_trainer, dataset):
+        make_trainer(2, dataset.select([0, 1]), max_length=20)  # sample 2 has two images
+
+    def test_options_that_no_loss_here_knows(self, make_trainer):
+        for options in ({"loss_type": "dft"}, {"label_smoothing_factor": 0.1}):
+            with pytest.raises(ValueError, match=next(iter(options))):
+                make_trainer(2, **options)
+
+    @pytest.mark.parametrize("stage", [1, 3])
+    def test_peft_in_a_stage_that_it_would_freeze(self, make_trainer, stage):
+        with pytest.raises(ValueError, match=f"Stage {stage} trains"):
+            make_trainer(stage, trainer_kwargs={"peft_config": LoraConfig(target_modules=["q_proj"])})
+
+    def test_chat_template_that_does_not_exist(self, make_trainer):
+        with pytest.raises(ValueError, match="'vicuna-v1'.*vicuna_v1"):
+            make_trainer(2, chat_template="vicuna-v1")
+
+    def test_sample_that_the_template_refuses_is_named(self, make_trainer, dataset):
+        trainer = make_trainer(1, dataset)
+        with pytest.raises(ValueError, match="sample-1.*needs an image"):
+            trainer.data_collator([dataset[0], dataset[1]])
+
+    def test_parameters_that_would_train_in_fp16(self, make_trainer, model):
+        model.half()
+        with pytest.raises(ValueError, match="would train in float16"):
+            make_trainer(1)
+
+    def test_max_length_none_takes_everything(self, make_trainer):
+        make_trainer(2, max_length=None).train()
+
+    def test_max_length_may_cut_text(self, make_trainer, dataset):
+        make_trainer(2, dataset.select([5, 5]), max_length=130, global_batch_size=4).train()
+
+    def test_processor_of_another_model(self, make_trainer, vicuna):
+        other = VWLMMForConditionalGeneration.from_pretrained(vicuna, image_token_index=200)
+        with pytest.raises(ValueError, match=r"placeholder has id 480, the model expects 200"):
+            make_trainer(2, model=other)
+
+    def test_arguments_of_another_trainer(self, model, dataset, processor, tmp_path):
+        for args in (SFTConfig(str(tmp_path), use_cpu=True, bf16=False), TrainingArguments(str(tmp_path))):
+            with pytest.raises(
+                TypeError, match=rf"`args` is a {type(args).__name__}; expected VWLMMTrainingArguments"
+            ):
+                VWLMMTrainer(model=model, args=args, train_dataset=dataset, processing_class=processor)
+
+    def test_another_model(self, make_trainer, model):
+        with pytest.raises(TypeError, match="`model` is a CLIPVisionModel; expected VWLMMForConditionalGeneration"):
+            make_trainer(2, model=model.model.vision_tower)
+
+    def test_surplus_image_names_the_sample(self, make_trainer, dataset):
+        broken = dataset.select([0, 4]).map(
+            lambda row: {"images": row["images"] * (2 if row["id"] == "sample-4" else 1)}
+        )
+        with pytest.raises(ValueError, match="sample-4"):
+            make_trainer(2, broken, global_batch_size=4).train()
+
+    def test_image_that_cannot_be_read_names_its_file(self, make_trainer, dataset, tmp_path):
+        (tmp_path / "broken.png").write_bytes(b"no image")
+        row = {"id": ["a"], "messages": [dataset[0]["messages"]], "images": [[str(tmp_path / "broken.png")]]}
+        broken = datasets.Dataset.from_dict(row).cast_column("images", datasets.List(datasets.Image()))
+        with pytest.raises((ValueError, OSError), match="broken.png"):
+            make_trainer(2, broken, global_batch_size=4).train()
+
+
+class TestWarnings:
+    @pytest.fixture
+    def warnings_of(self, make_trainer, model, monkeypatch):
+        def collect(stage, trained_stages, **kwargs):
+            found = []
+            monkeypatch.setattr(
+                "modeling_vwlmm.training.trainer.logger.warning", lambda message, *a, **k: found.append(message)
+            )
+            model.config.trained_stages = trained_stages
+            make_trainer(stage, **kwargs)
+            return found
+
+        return collect
+
+    def test_stage_4_on_a_vm_head_that_was_never_trained(self, warnings_of):
+        (message,) = warnings_of(4, [1, 2])
+        assert "builds on stage 3" in message
+        assert "model.vm_head may never have been trained" in message
+
+    def test_stage_3_on_a_fresh_vm_head(self, warnings_of):
+        (message,) = warnings_of(3, [1, 2])
+        assert "VM head has never been trained" in message
+
+    @pytest.mark.parametrize(("stage", "missing"), [(2, [1]), (3, [1, 2]), (4, [1, 2, 3])])
+    def test_every_stage_that_is_missing(self, warnings_of, stage, missing):
+        messages = [message for message in warnings_of(stage, []) if "builds on" in message]
+        assert len(messages) == len(missing)
+        for number, message in zip(missing, messages, strict=True):
+            assert f"builds on stage {number} " in message
+
+    @pytest.mark.parametrize(("stage", "trained"), [(1, []), (2, [1]), (4, [1, 2, 3]), (4, [1, 2, 3, 4])])
+    def test_silent_where_all_is_well(self, warnings_of, stage, trained):
+        assert warnings_of(stage, trained) == []
+
+    def test_ablation_needs_no_vm_head(self, warnings_of):
+        assert warnings_of(4, [1, 2], visual_loss_weight=0) == []
+
+
+def test_plain_trainer_of_transformers_fine_tunes_the_model(model, make_trainer, dataset, tmp_path):
+    collator = make_trainer(2).data_collator
+    rows = [collator([row]) for row in dataset]
+    args = TrainingArguments(
+        str(tmp_path / "plain"),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=8,
+        max_steps=1,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        learning_rate=1e-12,
+    )
+    data = [{name: value for name, value in row.items() if name != "id"} for row in rows]
+    trainer = Trainer(model, args, train_dataset=data, data_collator=lambda batch: dict(batch[0]))
+    trainer.train()
+    ours = make_trainer(2, learning_rate=1e-12, per_device_train_batch_size=1)
+    ours.train()
+    assert logs(trainer)[0]["loss"] == pytest.approx(logs(ours)[0]["loss"], rel=1e-3)
+
+
+def test_lora_trains_the_adapters_alone(make_trainer, model):
+    from peft import LoraConfig
+
+    before = weights(model)
+    trainer = make_trainer(
+        4, trainer_kwargs={"peft_config": LoraConfig(target_modules=r".*language_model.*\.(q_proj|v_proj)")}
+    )
+    trainer.train()
+    after = {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): p
+        for name, p in trainer.model.named_parameters()
+    }
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert logs(trainer)[0]["visual_loss"] > 0
+    assert any(p.abs().max() > 0 for name, p in trainer.model.named_parameters() if "lora_B" in name)
