@@ -12,6 +12,7 @@ Both parts are read back from disk and measured at the end. Scenes are made on t
 whole script takes about forty minutes on two cores, and has to run only if the small world itself changes.
 """
 
+import argparse
 import copy
 import math
 import random
@@ -63,9 +64,9 @@ SYSTEM = (
 )
 NUM_PATCHES = PATCHES_PER_SIDE**2
 
-VISION_STEPS, VISION_BATCH, KEPT_PATCHES = 500, 128, 24
-LLM_STEPS, CAPTION_STEPS, LLM_BATCH = 1550, 600, 16
-MUON_LR, ADAMW_LR, WARM_UP = 0.02, 3e-3, 30
+VISION_STEPS, VISION_BATCH, KEPT_PATCHES = 1200, 128, 24
+LLM_STEPS, EXERCISE_STEPS, LLM_BATCH = 3400, 300, 16
+MUON_LR, ADAMW_LR, WARM_UP, COOL_DOWN = 0.02, 3e-3, 30, 0.4
 
 
 # ---------------------------------------------------------------------------------------------------------- tokenizer
@@ -206,11 +207,12 @@ def train_vision_tower(tokenizer: PreTrainedTokenizerFast, processor: CLIPImageP
     for _ in progress:
         scenes = contrastive_scenes(rng, VISION_BATCH)
         captions = [torch.tensor([*tokenizer(s.caption()).input_ids, len(tokenizer)]) for s in scenes]
-        output = model(
-            input_ids=pad_sequence(captions, batch_first=True),  # [B, T]
-            pixel_values=to_pixel_values(scenes, processor),  # [B, 3, 64, 64]
-            return_loss=True,
-        )
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = model(
+                input_ids=pad_sequence(captions, batch_first=True),  # [B, T]
+                pixel_values=to_pixel_values(scenes, processor),  # [B, 3, 64, 64]
+                return_loss=True,
+            )
         accuracy = (output.logits_per_image.argmax(-1) == torch.arange(len(scenes))).float().mean()
         optimizers.step(output.loss)
         progress.set_postfix(loss=f"{output.loss:.3f}", retrieval=f"{accuracy:.2f}")
@@ -271,9 +273,9 @@ def build_llm(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         tie_word_embeddings=False,
-        # With this base the second of the 32 rotary frequencies turns once per row of patches: a word's column is a
-        # phase that attention can read, and left and right are learned in minutes.
-        rope_parameters={"rope_type": "default", "rope_theta": (PATCHES_PER_SIDE / (2 * math.pi)) ** 32},
+        # Scaled so that the fastest rotary frequency turns once per row of patches: a word's column is a phase that
+        # attention can read, and left and right are learned in minutes.
+        rope_parameters={"rope_type": "linear", "factor": PATCHES_PER_SIDE / (2 * math.pi), "rope_theta": 1e5},
     )
     return LlamaForCausalLM(config)
 
@@ -286,8 +288,8 @@ class TextEncoder:
         self.tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
         self.image_id, self.assistant_id = self.tokenizer.convert_tokens_to_ids(["<image>", "▁ASSISTANT"])
 
-    def __call__(self, prompt: str, scene_words: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and which of them are said in reply (an answer, or all of a plain caption), both [L]."""
+    def __call__(self, prompt: str, scene_words: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Token ids, which of them are the scene, and which are said in reply (or all of a plain caption), each [L]."""
         ids = torch.tensor(self.tokenizer(prompt.replace("<image>", "<image>" * NUM_PATCHES)).input_ids)
         in_scene = ids == self.image_id
         if "ASSISTANT" in prompt:
@@ -298,7 +300,7 @@ class TextEncoder:
             in_reply = ~in_scene
         if in_scene.any():
             ids[in_scene] = torch.tensor(self.tokenizer(" ".join(scene_words), add_special_tokens=False).input_ids)
-        return ids, in_reply
+        return ids, in_scene, in_reply
 
 
 def vicuna_prompt(turns: list[tuple[str, str]]) -> str:
@@ -318,31 +320,51 @@ def places_in_words(rng: random.Random) -> list[str]:
     ]
 
 
-def text_batch(encode: TextEncoder, rng: random.Random, captions: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids, padded with -100, and the weight of each token in the loss: both [B, L]."""
+def names_and_places(scene: Scene, rng: random.Random) -> str:
+    """Where everything is, by all of its names: what a question about a thing asks first, many times in one sample."""
+    attributes = ("size", "colour", "shape")
+    found = [f"the {name} at the {thing.place}" for thing in scene.things for name in scene.names(thing, *attributes)]
+    return ", ".join(rng.sample(found, min(len(found), 8)))
+
+
+def exercise(scene: Scene, rng: random.Random) -> tuple[str, list[str]]:
+    """A prompt with "<image>" where the words go, and these words: a caption, or practice in reading a scene."""
+    words = scene.in_words(rng)
+    drawn = rng.random()
+    if drawn < 0.2:
+        # To know one's place in the grid is half of reading a scene, and this says it 64 times a sample.
+        return f"{SYSTEM} USER: <image>", places_in_words(rng)
+    if drawn < 0.3:
+        return f"<image>{scene.caption()}\n", words
+    if drawn < 0.6:
+        return f"{SYSTEM} USER: <image> ASSISTANT: {names_and_places(scene, rng)}</s>", words
+    return vicuna_prompt([scene.question("describe", rng)]), words
+
+
+def text_batch(encode: TextEncoder, rng: random.Random, exercises: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids, padded with -100, and the weight of each token in the loss: both [B, L].
+
+    `exercises` is the share of samples that are no conversations.
+    """
     samples = []
     for _ in range(LLM_BATCH):
         scene = random_scene(rng)
-        words = scene.in_words(rng)
-        if captions and rng.random() < 0.3:
-            # To know one's place in the grid is half of reading a scene, and this says it 64 times a sample.
-            prompt, words = "<image>", places_in_words(rng)
-        elif captions:
-            prompt = ("" if rng.random() < 0.1 else "<image>") + f"{scene.caption()}\n"
+        if rng.random() < exercises:
+            prompt, words = exercise(scene, rng)
         else:
             # More questions than a conversation of the instruction data has: it is answers that the model learns from.
-            turns = scene.conversation(rng) + [scene.question(kind, rng) for kind in rng.choices(KINDS[:-1], k=5)]
+            turns = scene.conversation(rng) + [scene.question(kind, rng) for kind in rng.choices(KINDS[:-1], k=4)]
             rng.shuffle(turns)
-            prompt = vicuna_prompt(turns)
-        ids, in_reply = encode(prompt, words)
-        # Every token is learned, but scenes and questions are mostly chance and would drown the replies in noise.
-        samples.append((ids, torch.where(in_reply, 1.0, 0.2)))
+            prompt, words = vicuna_prompt(turns), scene.in_words(rng)
+        ids, in_scene, in_reply = encode(prompt, words)
+        # Scenes are mostly chance, questions are nothing but: with full weight they would drown the replies in noise.
+        samples.append((ids, torch.where(in_reply, 1.0, torch.where(in_scene, 0.2, 0.02))))
     labels, weights = zip(*samples, strict=True)
     return pad_sequence(labels, batch_first=True, padding_value=-100), pad_sequence(weights, batch_first=True)
 
 
 def train_llm(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Captions first: dense and short, they teach to read a scene in a fraction of the time that questions take."""
+    """Exercises first: dense and short, they teach to read a scene in a fraction of the time that questions take."""
     torch.manual_seed(SEED)
     rng = random.Random(f"{SEED}/llm")
     model = build_llm(tokenizer).train()
@@ -350,10 +372,11 @@ def train_llm(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     optimizers = Optimizers(model, LLM_STEPS)
     progress = tqdm(range(LLM_STEPS), desc="Language model")
     for step in progress:
-        labels, weights = text_batch(encode, rng, captions=step < CAPTION_STEPS or rng.random() < 0.1)  # [B, L]
+        labels, weights = text_batch(encode, rng, exercises=1.0 if step < EXERCISE_STEPS else 0.15)  # [B, L]
         # Padding is on the right, where a causal model never looks, so that no attention mask is needed.
-        logits = model(input_ids=labels.clamp(min=0), use_cache=False).logits  # [B, L, C]
-        losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")  # [B, L - 1]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model(input_ids=labels.clamp(min=0), use_cache=False).logits  # [B, L, C]
+        losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none")  # [B, L - 1]
         loss = (losses * weights[:, 1:]).sum() / weights[:, 1:].sum()
         optimizers.step(loss)
         progress.set_postfix(loss=f"{loss:.3f}")
@@ -414,7 +437,7 @@ class Muon(torch.optim.Optimizer):
 
 
 class Optimizers:
-    """Muon for the matrices of the layers, AdamW for all else, with linear warm-up and cosine decay."""
+    """Muon for the matrices of the layers, AdamW for all else, with a linear warm-up and cool-down."""
 
     def __init__(self, model: torch.nn.Module, steps: int):
         matrices, others = [], []
@@ -424,7 +447,7 @@ class Optimizers:
         self.optimizers = [Muon(matrices, lr=MUON_LR), torch.optim.AdamW(others, lr=ADAMW_LR, betas=(0.9, 0.95))]
         self.schedulers = [
             torch.optim.lr_scheduler.LambdaLR(
-                optimizer, lambda step: min((step + 1) / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+                optimizer, lambda step: min(1, (step + 1) / WARM_UP, (steps - step) / (COOL_DOWN * steps))
             )
             for optimizer in self.optimizers
         ]
@@ -445,23 +468,33 @@ def report(title: str, model: torch.nn.Module, accuracies: dict[str, float]) -> 
         print(f"  {name:10} {accuracy:6.1%}")
 
 
-def main():
-    tokenizer = build_tokenizer()
+def make_vision_tower(tokenizer: PreTrainedTokenizerFast) -> None:
     processor = CLIPImageProcessorPil(
         size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     )
     train_vision_tower(tokenizer, processor).half().save_pretrained(OUTPUT / "vision_tower")
     processor.save_pretrained(OUTPUT / "vision_tower")
-    train_llm(tokenizer).half().save_pretrained(OUTPUT / "llm")
-    tokenizer.save_pretrained(OUTPUT / "llm")
-
     # What counts is what was written: half precision, through the doors that everybody else uses.
     tower = CLIPVisionModel.from_pretrained(OUTPUT / "vision_tower", dtype=torch.float32)
     processor = AutoImageProcessor.from_pretrained(OUTPUT / "vision_tower")
     report("Vision tower: linear probe of layer -2, by patch", tower, probe_vision_tower(tower, processor))
+
+
+def make_llm(tokenizer: PreTrainedTokenizerFast) -> None:
+    train_llm(tokenizer).half().save_pretrained(OUTPUT / "llm")
+    tokenizer.save_pretrained(OUTPUT / "llm")
     llm = LlamaForCausalLM.from_pretrained(OUTPUT / "llm", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(OUTPUT / "llm")
     report("Language model: exact match on scenes in words", llm, measure_llm(llm, tokenizer))
+
+
+def main() -> None:
+    parts = {"vision_tower": make_vision_tower, "llm": make_llm}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", default=list(parts), help="what to make: vision_tower, llm, or both")
+    args = parser.parse_args()
+    for part in args.parts:
+        parts[part](build_tokenizer())
 
 
 if __name__ == "__main__":

@@ -100,7 +100,10 @@ def random_thing(rng: random.Random, colour: str, shape: str, size: str, place: 
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture: things in raster order of their quadrants, no two alike in both colour and shape."""
+    """One picture: things in raster order of their quadrants, no two alike in both colour and shape.
+
+    Answers say where before they say what: a decoder that has named a place knows where to look for the rest.
+    """
 
     grey: int
     things: tuple[Thing, ...]
@@ -112,7 +115,7 @@ class Scene:
         return Image.fromarray(pixels)
 
     def caption(self) -> str:
-        """All there is to say, place first: a decoder that has named a place knows where to look for the rest."""
+        """All there is to say."""
         return ", ".join(f"at the {thing.place} a {thing.size} {thing.colour} {thing.shape}" for thing in self.things)
 
     def patch_objects(self) -> np.ndarray:
@@ -130,14 +133,15 @@ class Scene:
         return [names[patch] for patch in self.patch_objects()]
 
     def in_words(self, rng: random.Random) -> list[str]:
-        """The scene in words, one a patch: a random attribute of the patch's thing, or the background word.
+        """The scene in words, one a patch: a random attribute of the thing that the patch shows, or the background word.
 
-        Each attribute of a thing is said at least once, so that the words answer whatever the picture answers.
+        An eighth of a patch is enough to show a thing: so its words begin at its rim, and what a patch in its middle says
+        can be foreseen. Each attribute of a thing is said at least once, so that the words answer whatever the picture
+        answers.
         """
         words = [BACKGROUND_WORD] * PATCHES_PER_SIDE**2
-        patch_objects = self.patch_objects()
-        for index, thing in enumerate(self.things):
-            patches = np.flatnonzero(patch_objects == index)
+        for thing in self.things:
+            patches = np.flatnonzero(thing.patch_pixels() >= PATCH_SIZE**2 // 8)
             said = [*thing.words, *rng.choices(thing.words, k=len(patches) - len(thing.words))]
             rng.shuffle(said)
             for patch, word in zip(patches, said, strict=True):
@@ -148,7 +152,7 @@ class Scene:
         """A question of one of `KINDS` and its only right answer."""
         return getattr(self, f"_ask_{kind}")(rng)
 
-    def _names(self, thing: Thing, *attributes: str) -> list[str]:
+    def names(self, thing: Thing, *attributes: str) -> list[str]:
         """The ways to name a thing by some of `attributes` that fit no other thing of the scene."""
         names = []
         for used in [(first,) for first in attributes] + [attributes]:
@@ -157,15 +161,19 @@ class Scene:
                 names.append(" ".join(values) if "shape" in used else " ".join([*values, "shape"]))
         return names
 
+    def _found(self, name: str, thing: Thing) -> str:
+        """The thing as an answer takes it up: by the question's name, and by its place."""
+        return f"the {name.split(' at ')[0]} at the {thing.place}"
+
     def _ask_colour(self, rng):
         thing = rng.choice(self.things)
-        name = rng.choice([f"shape at the {thing.place}", *self._names(thing, "size", "shape")])
-        return f"What colour is the {name}?", thing.colour
+        name = rng.choice([f"shape at the {thing.place}", *self.names(thing, "size", "shape")])
+        return f"What colour is the {name}?", f"{self._found(name, thing)} is {thing.colour}"
 
     def _ask_shape(self, rng):
         thing = rng.choice(self.things)
-        name = rng.choice([f"shape at the {thing.place}", *self._names(thing, "size", "colour")])
-        return f"What is the {name}?", thing.shape
+        name = rng.choice([f"shape at the {thing.place}", *self.names(thing, "size", "colour")])
+        return f"What is the {name}?", f"{self._found(name, thing)} is a {thing.shape}"
 
     def _ask_count(self, rng):
         thing = rng.choice(self.things)
@@ -181,18 +189,18 @@ class Scene:
         return f"How many {plural} are there?", NUMBERS[count]
 
     def _ask_exists(self, rng):
-        present = [(thing.colour, thing.shape) for thing in self.things]
-        colour, shape = rng.choice(present)
+        thing = rng.choice(self.things)
         if rng.random() < 0.5:
-            return f"Is there a {colour} {shape}?", "yes"
+            return f"Is there a {thing.colour} {thing.shape}?", f"yes, at the {thing.place}"
         # One attribute is right and the pair is not: the easiest mistake to make.
-        near = [(other, shape) for other in COLOURS] + [(colour, other) for other in SHAPES]
+        near = [(colour, thing.shape) for colour in COLOURS] + [(thing.colour, shape) for shape in SHAPES]
+        present = [(other.colour, other.shape) for other in self.things]
         colour, shape = rng.choice([pair for pair in near if pair not in present])
         return f"Is there a {colour} {shape}?", "no"
 
     def _ask_where(self, rng):
         thing = rng.choice(self.things)
-        return f"Where is the {rng.choice(self._names(thing, 'colour', 'shape'))}?", thing.place
+        return f"Where is the {rng.choice(self.names(thing, 'colour', 'shape'))}?", f"at the {thing.place}"
 
     def _ask_describe(self, rng):
         return "Describe the image.", self.caption()

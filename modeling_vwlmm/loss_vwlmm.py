@@ -136,30 +136,30 @@ class _LinearLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None  # [T + V, D]
         grad_weight = torch.zeros_like(weight, dtype=statistics_dtype) if needs_weight else None  # [C, D]
 
-        def add_gradients(rows, grad_logits):
+        def add_gradients(rows, grad_logits, factor):
             grad_logits = grad_logits.to(hidden.dtype)  # [R, C]
             if needs_hidden:
-                torch.mm(grad_logits, weight, out=grad_hidden[rows])
+                torch.mm(grad_logits, weight, out=grad_hidden[rows]).mul_(factor)
             if needs_weight:
-                _addmm_(grad_weight, grad_logits.T, hidden[rows])
+                _addmm_(grad_weight, grad_logits.T, hidden[rows] * factor)
 
         with torch.autocast(device.type, enabled=False):
             num_text = labels.shape[0]
             for rows in _chunks(0, num_text, weight.shape[0]):
                 logits = _project(hidden[rows], weight)  # [R, C]
                 for block in _blocks(logits):
-                    sums[0] += _cross_entropy_(logits[block], labels[rows][block], text_factor)
+                    sums[0] += _cross_entropy_(logits[block], labels[rows][block])
                 if needs_hidden or needs_weight:
-                    add_gradients(rows, logits)
+                    add_gradients(rows, logits, text_factor)
             for rows in _chunks(num_text, hidden.shape[0], 2 * weight.shape[0]):
                 teacher_rows = slice(rows.start - num_text, rows.stop - num_text)
                 logits = _project(hidden[rows], weight)  # [R, C]
                 teacher_logits = _project(teacher_hidden[teacher_rows], teacher_weight)  # [R, C]
                 for block in _blocks(logits):
-                    sums[1:] += _kl_div_(logits[block], teacher_logits[block], image_factor)
+                    sums[1:] += _kl_div_(logits[block], teacher_logits[block])
                 del teacher_logits
                 if needs_hidden or needs_weight:
-                    add_gradients(rows, logits)
+                    add_gradients(rows, logits, image_factor)
 
         ctx.dtypes = hidden_dtype, weight_dtype
         if hidden.dtype != torch.float16:
@@ -209,27 +209,25 @@ def _addmm_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         total += a @ b
 
 
-def _cross_entropy_(logits: torch.Tensor, labels: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
-    """Returns the sum of cross-entropies; `logits` `[R, C]` become `scale` times their gradient."""
-    log_q = logits.sub_(logits.logsumexp(dim=-1, keepdim=True))  # [R, C]
+def _cross_entropy_(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Returns the sum of cross-entropies; `logits` `[R, C]` become their gradient."""
+    log_q = logits.log_softmax(dim=-1)  # [R, C]
     loss = -log_q.gather(1, labels[:, None]).sum()
-    q = log_q.exp_()
+    q = torch.exp(log_q, out=logits)
     q.scatter_add_(1, labels[:, None], -torch.ones_like(labels, dtype=q.dtype)[:, None])
-    q.mul_(scale)
     return loss
 
 
-def _kl_div_(logits: torch.Tensor, teacher_logits: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
+def _kl_div_(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
     """
-    Returns the sums `[3]` of divergences and of the entropies of teacher and student; `logits` `[R, C]` become `scale`
-    times their gradient, and `teacher_logits` `[R, C]` are used up.
+    Returns the sums `[3]` of divergences and of the entropies of teacher and student; `logits` `[R, C]` become their
+    gradient, and `teacher_logits` `[R, C]` are used up.
     """
-    log_q = logits.sub_(logits.logsumexp(dim=-1, keepdim=True))  # [R, C]
-    log_p = teacher_logits.sub_(teacher_logits.logsumexp(dim=-1, keepdim=True))  # [R, C]
-    p, q = log_p.exp(), log_q.exp()  # [R, C]
+    log_q, log_p = logits.log_softmax(dim=-1), teacher_logits.log_softmax(dim=-1)  # [R, C]
+    q, p = torch.exp(log_q, out=logits), torch.exp(log_p, out=teacher_logits)  # [R, C]
     teacher_entropy = -torch.dot(p.flatten(), log_p.flatten())
     student_entropy = -torch.dot(q.flatten(), log_q.flatten())
     # Summed as differences: the difference of two sums would lose what is left of it when the two agree.
     kl_div = torch.dot(p.flatten(), log_p.sub_(log_q).flatten())
-    torch.sub(q, p, out=logits).mul_(scale)
+    q.sub_(p)
     return torch.stack([kl_div, teacher_entropy, student_entropy])

@@ -87,6 +87,8 @@ def train(checkpoint: str, data: str, output: str) -> None:
     if trainer.is_world_process_zero():
         with open(f"{output}/logs.json", "w") as file:
             json.dump(logs, file)
+    # Without it, gloo's threads may outlive the interpreter's exit, and abort the process.
+    trainer.accelerator.end_training()
 
 
 def shard_on_cpu() -> None:

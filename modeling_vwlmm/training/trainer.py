@@ -180,21 +180,21 @@ class VWLMMTrainer(SFTTrainer):
             self._config.trained_stages = [*self._config.trained_stages, self.args.stage]
         return super().train(*args, **kwargs)
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        num_text_positions = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """The text positions that the loss of an optimiser step is a mean over; the image positions are kept aside."""
+        num_text_positions = sum((batch["labels"][:, 1:] != -100).sum() for batch in batch_samples)
         num_image_positions = sum(
             get_supervised_image_positions(
                 batch["input_ids"], batch.get("attention_mask"), self._config.image_token_id
             ).sum()
-            for batch in batches
+            for batch in batch_samples
         )
         counts = torch.tensor([num_text_positions, num_image_positions], device=device)
         if self.args.average_tokens_across_devices:
             # The gradients of all processes will be averaged: positions a process make that an average over positions.
             counts = self.accelerator.reduce(counts, "sum") / self.accelerator.num_processes
         num_items_in_batch, self._num_image_items_in_batch = counts.unbind()
-        return batches, num_items_in_batch
+        return num_items_in_batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         num_image_items_in_batch = None if num_items_in_batch is None else self._num_image_items_in_batch
