@@ -16,9 +16,13 @@ from typing import NamedTuple
 
 import torch
 
+from .kernels_vwlmm import cross_entropy_ as triton_cross_entropy_
+from .kernels_vwlmm import kl_div_ as triton_kl_div_
+from .kernels_vwlmm import triton
 
-# What the fp32 logits of one chunk may take, the teacher's beside the student's. Much smaller chunks make slow matrix
-# products, larger ones gain nothing. At C = 32000 this is 393 image positions a chunk, or 786 text positions.
+
+# What the logits of one chunk may take, the teacher's beside the student's. Much smaller chunks make slow matrix
+# products, larger ones gain nothing. At C = 32000 this is 393 image positions a chunk in fp32, or 786 text positions.
 CHUNK_BYTES = 96 * 2**20
 # Softmax and divergence of a chunk run block by block on a CPU, so that their temporaries stay in its cache.
 CPU_BLOCK_BYTES = 2**20
@@ -144,19 +148,28 @@ class _LinearLoss(torch.autograd.Function):
                 _addmm_(grad_weight, grad_logits.T, hidden[rows] * factor)
 
         with torch.autocast(device.type, enabled=False):
+            use_kernels = _use_kernels(hidden)
+            logits_dtype = hidden.dtype if use_kernels else statistics_dtype
+            row_bytes = weight.shape[0] * logits_dtype.itemsize
             num_text = labels.shape[0]
-            for rows in _chunks(0, num_text, weight.shape[0]):
-                logits = _project(hidden[rows], weight)  # [R, C]
-                for block in _blocks(logits):
-                    sums[0] += _cross_entropy_(logits[block], labels[rows][block])
+            for rows in _chunks(0, num_text, row_bytes):
+                logits = (hidden[rows] @ weight.T).to(logits_dtype)  # [R, C]
+                if use_kernels:
+                    sums[0] += triton_cross_entropy_(logits, labels[rows])
+                else:
+                    for block in _blocks(logits):
+                        sums[0] += _cross_entropy_(logits[block], labels[rows][block])
                 if needs_hidden or needs_weight:
                     add_gradients(rows, logits, text_factor)
-            for rows in _chunks(num_text, hidden.shape[0], 2 * weight.shape[0]):
+            for rows in _chunks(num_text, hidden.shape[0], 2 * row_bytes):
                 teacher_rows = slice(rows.start - num_text, rows.stop - num_text)
-                logits = _project(hidden[rows], weight)  # [R, C]
-                teacher_logits = _project(teacher_hidden[teacher_rows], teacher_weight)  # [R, C]
-                for block in _blocks(logits):
-                    sums[1:] += _kl_div_(logits[block], teacher_logits[block])
+                logits = (hidden[rows] @ weight.T).to(logits_dtype)  # [R, C]
+                teacher_logits = (teacher_hidden[teacher_rows] @ teacher_weight.T).to(logits_dtype)  # [R, C]
+                if use_kernels:
+                    sums[1:] += triton_kl_div_(logits, teacher_logits)
+                else:
+                    for block in _blocks(logits):
+                        sums[1:] += _kl_div_(logits[block], teacher_logits[block])
                 del teacher_logits
                 if needs_hidden or needs_weight:
                     add_gradients(rows, logits, image_factor)
@@ -182,9 +195,13 @@ class _LinearLoss(torch.autograd.Function):
         return (*gradients, None, None, None, None, None, None)
 
 
-def _chunks(start: int, stop: int, num_logits: int) -> Iterator[slice]:
+def _use_kernels(hidden: torch.Tensor) -> bool:
+    return triton is not None and hidden.is_cuda and hidden.dtype != torch.float64
+
+
+def _chunks(start: int, stop: int, row_bytes: int) -> Iterator[slice]:
     # Chunks of equal size: a short last one would waste a matrix product.
-    most = max(CHUNK_BYTES // (4 * num_logits), 1)
+    most = max(CHUNK_BYTES // row_bytes, 1)
     count = -(-(stop - start) // most)
     for index in range(count):
         yield slice(start + index * (stop - start) // count, start + (index + 1) * (stop - start) // count)
@@ -195,11 +212,6 @@ def _blocks(logits: torch.Tensor) -> Iterator[slice]:
     step = max(CPU_BLOCK_BYTES // row_bytes, 1) if logits.device.type == "cpu" else max(num_rows, 1)
     for start in range(0, num_rows, step):
         yield slice(start, start + step)
-
-
-def _project(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    logits = hidden @ weight.T  # [R, C]
-    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _addmm_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:

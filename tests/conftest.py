@@ -18,6 +18,10 @@ import torch
 from PIL import Image
 from transformers import logging
 
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are defined
+
 from modeling_vwlmm import VWLMMForConditionalGeneration, convert_official_checkpoint
 from processing_vwlmm import VWLMMProcessor
 

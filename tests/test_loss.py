@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from modeling_vwlmm import linear_kl_div, loss_vwlmm
+from modeling_vwlmm import kernels_vwlmm, linear_kl_div, loss_vwlmm
 from modeling_vwlmm.loss_vwlmm import linear_loss
 
 
@@ -15,11 +15,17 @@ T, V, D, C = 37, 51, 24, 311  # text and image positions, hidden size, vocabular
 TEXT_SCALE, IMAGE_SCALE = 0.3, 0.7
 
 
-@pytest.fixture(autouse=True, params=["many chunks", "one chunk"])
-def chunks(request, monkeypatch):
-    if request.param == "many chunks":
+@pytest.fixture(autouse=True, params=["one chunk", "many chunks", "kernels"])
+def way(request, monkeypatch):
+    """Every way to compute the loss; on a machine without a GPU, Triton's interpreter runs the kernels."""
+    if request.param != "one chunk":
         monkeypatch.setattr(loss_vwlmm, "CHUNK_BYTES", 4 * C * 16)
         monkeypatch.setattr(loss_vwlmm, "CPU_BLOCK_BYTES", 4 * C * 5)
+    if request.param == "kernels":
+        assert kernels_vwlmm.triton is not None, "Install the `dev` extra: it has Triton."
+        monkeypatch.setattr(kernels_vwlmm, "TILE", 128)
+        monkeypatch.setattr(loss_vwlmm, "_use_kernels", lambda hidden: hidden.dtype != torch.float64)
+    return request.param
 
 
 def make_inputs(dtype=torch.float64, sharpness=1.0) -> dict[str, torch.Tensor]:
@@ -102,7 +108,9 @@ class TestValues:
 
 
 class TestPrecision:
-    def test_bf16_is_no_worse_than_written_out(self):
+    def test_bf16_is_no_worse_than_written_out(self, way):
+        # Triton's interpreter cuts fp32 off at bf16, where a GPU rounds.
+        tolerance = 1.3 if way == "kernels" and not torch.cuda.is_available() else 1.05
         inputs = make_inputs(torch.bfloat16)
         exact = written_out(**{name: t.double() if t.is_floating_point() else t for name, t in inputs.items()})
         plain = written_out(**inputs)
@@ -117,7 +125,7 @@ class TestPrecision:
         ):
             assert found.dtype == torch.bfloat16
             error = (found.double() - exact_gradient.double()).norm()
-            assert error <= 1.05 * (plain_gradient.double() - exact_gradient.double()).norm()
+            assert error <= tolerance * (plain_gradient.double() - exact_gradient.double()).norm()
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_autocast_keeps_statistics_and_gradients_in_fp32(self, dtype):
