@@ -64,9 +64,9 @@ SYSTEM = (
 )
 NUM_PATCHES = PATCHES_PER_SIDE**2
 
-VISION_STEPS, VISION_BATCH, KEPT_PATCHES = 1200, 128, 24
-LLM_STEPS, EXERCISE_STEPS, LLM_BATCH = 3400, 300, 16
-MUON_LR, ADAMW_LR, WARM_UP, COOL_DOWN = 0.02, 3e-3, 30, 0.4
+VISION_STEPS, VISION_BATCH, KEPT_PATCHES = 900, 128, 24
+LLM_STEPS, EXERCISE_STEPS, LLM_BATCH = 3000, 300, 16
+MUON_LR, ADAMW_LR, WARM_UP = 0.015, 2e-3, 30
 
 
 # ---------------------------------------------------------------------------------------------------------- tokenizer
@@ -437,7 +437,7 @@ class Muon(torch.optim.Optimizer):
 
 
 class Optimizers:
-    """Muon for the matrices of the layers, AdamW for all else, with a linear warm-up and cool-down."""
+    """Muon for the matrices of the layers, AdamW for all else, with linear warm-up and decay."""
 
     def __init__(self, model: torch.nn.Module, steps: int):
         matrices, others = [], []
@@ -447,7 +447,7 @@ class Optimizers:
         self.optimizers = [Muon(matrices, lr=MUON_LR), torch.optim.AdamW(others, lr=ADAMW_LR, betas=(0.9, 0.95))]
         self.schedulers = [
             torch.optim.lr_scheduler.LambdaLR(
-                optimizer, lambda step: min(1, (step + 1) / WARM_UP, (steps - step) / (COOL_DOWN * steps))
+                optimizer, lambda step: min((step + 1) / WARM_UP, 1 - step / steps)
             )
             for optimizer in self.optimizers
         ]

@@ -86,7 +86,10 @@ class VisualWordsOutput(ModelOutput):
 
 
 def get_supervised_image_positions(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, image_token_id: int
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    image_token_id: int,
+    position_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     The image positions that the decoder predicts, `S_VM`: those with a predecessor that is not padding.
@@ -95,6 +98,7 @@ def get_supervised_image_positions(
         input_ids (`torch.LongTensor` of shape `[B, L]`): Token ids, every image expanded to its placeholders.
         attention_mask (`torch.Tensor` of shape `[B, L]`, *optional*): 0 where `input_ids` is padding.
         image_token_id (`int`): Id of the placeholder.
+        position_ids (`torch.LongTensor` of shape `[B, L]`, *optional*): 0 where a sample begins, for several in a row.
 
     Returns:
         `torch.BoolTensor` of shape `[B, L]`.
@@ -103,6 +107,8 @@ def get_supervised_image_positions(
     is_supervised[:, 0] = False
     if attention_mask is not None:
         is_supervised[:, 1:] &= attention_mask[:, :-1].bool()
+    if position_ids is not None:
+        is_supervised &= position_ids != 0
     return is_supervised
 
 
@@ -118,6 +124,8 @@ class VWLMMModel(LlavaModel):
     def __init__(self, config: VWLMMConfig):
         super().__init__(config)
         self.vm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        # No stage trains it: frozen, it runs without a graph and keeps no activations.
+        self.vision_tower.requires_grad_(False)
         self.post_init()
 
     @can_return_tuple
@@ -428,7 +436,7 @@ class VWLMMForConditionalGeneration(LlavaForConditionalGeneration):
         # Only the adapter and the VM head are new: everything else is built on no device, then put in place.
         with torch.device("meta"):
             model = cls(VWLMMConfig(vision_config=vision.config, text_config=text.config, **config))
-        model.model.vision_tower = vision
+        model.model.vision_tower = vision.requires_grad_(False)
         model.model.language_model = decoder
         model.lm_head = lm_head
         for module in (*model.model.multi_modal_projector.modules(), model.model.vm_head):
@@ -560,6 +568,7 @@ class VWLMMForConditionalGeneration(LlavaForConditionalGeneration):
                 hidden_states,
                 input_ids,
                 attention_mask,
+                position_ids,
                 None if visual_objective == "vm_head" else labels,
                 visual_objective,
                 visual_loss_weight,
@@ -574,6 +583,7 @@ class VWLMMForConditionalGeneration(LlavaForConditionalGeneration):
         hidden_states: torch.Tensor,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
         labels: torch.Tensor | None,
         visual_objective: str | None,
         visual_loss_weight: float,
@@ -594,7 +604,9 @@ class VWLMMForConditionalGeneration(LlavaForConditionalGeneration):
             text_scale = 1 / _count(num_items_in_batch, output.num_text_positions)
         if visual_objective is not None:
             image_token_id = self.config.image_token_id
-            is_image = get_supervised_image_positions(input_ids, attention_mask, image_token_id)  # [B, L]
+            is_image = get_supervised_image_positions(
+                input_ids, attention_mask, image_token_id, position_ids
+            )  # [B, L]
             image_hidden = predictors[is_image[:, 1:].to(device)]  # [V, D], h_{n-1}
             if output.image_hidden_states is not None:
                 is_kept = is_image[input_ids == image_token_id]  # [I * N]

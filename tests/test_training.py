@@ -7,6 +7,7 @@ import json
 import math
 
 import datasets
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig
 
 from modeling_vwlmm import VWLMMForConditionalGeneration, VWLMMTrainer, VWLMMTrainingArguments
+from modeling_vwlmm.training.sampling import estimate_lengths
 from processing_vwlmm import VWLMMProcessor
 
 
@@ -347,6 +349,109 @@ class TestNormalisation:
             if name.startswith(TRAINS[stage]):
                 gradient = reference.get_parameter(name).grad
                 assert_close((before[name] - value) / 0.1, gradient, atol=2e-5, rtol=1e-4)
+
+
+class TestPacking:
+    @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+    @pytest.mark.parametrize("use_pseudo_image_features", [False, True])
+    @pytest.mark.parametrize("stage", [1, 2, 3, 4])
+    def test_packed_samples_make_the_same_step(self, make_trainer, vicuna, stage, use_pseudo_image_features, implementation):
+        gradients = []
+        for packing in (False, True):
+            model = VWLMMForConditionalGeneration.from_pretrained(
+                vicuna, attn_implementation=implementation, use_pseudo_image_features=use_pseudo_image_features
+            )
+            trainer = make_trainer(stage, model=model, packing=packing, optim="sgd", learning_rate=1.0)
+            before = weights(model)
+            trainer.train()
+            (entry,) = logs(trainer)
+            gradients.append({name: before[name] - value for name, value in weights(model).items()} | {"log": entry})
+        plain, packed = (gradient.pop("log") for gradient in gradients)
+        assert packed.pop("padding_share") == 0 < plain.pop("padding_share")
+        for name in ("loss", *(f"{loss}_loss" for loss in LOSSES[stage])):
+            assert packed[name] == pytest.approx(plain[name], rel=1e-5)
+        assert {n: v for n, v in packed.items() if "num_" in n} == {n: v for n, v in plain.items() if "num_" in n}
+        for name, gradient in gradients[0].items():
+            assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4)
+
+    def test_a_row_holds_the_samples_of_a_micro_batch(self, make_trainer, dataset):
+        collator = make_trainer(2, packing=True).data_collator
+        samples = [dataset[i] for i in range(3)]
+        alone = [collator([dataset[i]]) for i in range(3)]
+        row = collator(samples)
+        for name in ("input_ids", "labels", "position_ids"):
+            assert_close(row[name], torch.cat([sample[name] for sample in alone], dim=1))
+        assert "attention_mask" not in row
+        assert_close(row["pixel_values"], torch.cat([s["pixel_values"] for s in alone if "pixel_values" in s]))
+
+    def test_evaluation(self, make_trainer, dataset):
+        losses = [
+            make_trainer(4, packing=packing, trainer_kwargs={"eval_dataset": dataset}).evaluate()["eval_loss"]
+            for packing in (False, True)
+        ]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+class TestGrouping:
+    @pytest.fixture
+    def mixed(self, dataset) -> datasets.Dataset:
+        return datasets.concatenate_datasets([dataset] * 12)
+
+    def order(self, trainer, epoch=0) -> list[int]:
+        sampler = trainer._get_train_sampler()
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    def test_a_batch_has_images_or_none(self, make_trainer, mixed):
+        trainer = make_trainer(4, mixed, train_sampling_strategy="group_by_length")
+        order = self.order(trainer)
+        assert sorted(order) == list(range(len(mixed)))
+        whole = [order[start : start + 8] for start in range(0, len(order) // 8 * 8, 8)]
+        mixtures = [batch for batch in whole if len({bool(mixed[i]["images"]) for i in batch}) > 1]
+        assert len(mixtures) <= 1  # what is left over of both kinds
+
+    def test_less_padding(self, make_trainer, mixed):
+        shares = {}
+        for strategy in ("random", "group_by_length"):
+            trainer = make_trainer(4, mixed, train_sampling_strategy=strategy, max_steps=-1, logging_steps=1000)
+            trainer.train()
+            shares[strategy] = next(entry["padding_share"] for entry in trainer.state.log_history)
+        assert shares["group_by_length"] < 0.5 * shares["random"]
+
+    def test_order_follows_from_seed_and_epoch(self, make_trainer, mixed):
+        def order(epoch, **kwargs):
+            return self.order(make_trainer(4, mixed, train_sampling_strategy="group_by_length", **kwargs), epoch)
+
+        assert order(0) == order(0)
+        assert order(0) != order(1)
+        assert order(0) != order(0, seed=1)
+        assert order(0, seed=1) == order(0, data_seed=1)
+
+    def test_lengths_are_about_the_tokens(self, make_trainer, mixed):
+        trainer = make_trainer(4)
+        lengths, has_images = estimate_lengths(mixed, image_seq_length=16)
+        tokens = [trainer.data_collator([mixed[i]])["input_ids"].numel() for i in range(8)]
+        assert np.corrcoef(lengths[:8], tokens)[0, 1] > 0.9
+        assert has_images[:8].tolist() == [bool(mixed[i]["images"]) for i in range(8)]
+
+    def test_column_of_lengths(self, make_trainer, mixed):
+        lengths = list(range(len(mixed)))
+        trainer = make_trainer(4, mixed.add_column("length", lengths), train_sampling_strategy="group_by_length")
+        assert list(trainer._get_train_sampler().lengths) == lengths
+
+    def test_resumed_run_continues_identically(self, make_trainer, mixed, vicuna, tmp_path):
+        def run(model, **kwargs):
+            settings = {"train_sampling_strategy": "group_by_length", "max_steps": 4, "save_steps": 2}
+            trainer = make_trainer(4, mixed, model=model, save_strategy="steps", **settings)
+            trainer.train(**kwargs)
+            return weights(trainer.model)
+
+        expected = run(VWLMMForConditionalGeneration.from_pretrained(vicuna))
+        resumed = run(
+            VWLMMForConditionalGeneration.from_pretrained(vicuna),
+            resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"),
+        )
+        assert_close(resumed, expected, atol=0, rtol=0)
 
 
 class TestLogs:

@@ -3,6 +3,7 @@
 """One trainer for the four stages of VW-LMM."""
 
 from collections import Counter
+from dataclasses import dataclass
 
 import pyarrow.compute as pc
 import torch
@@ -16,6 +17,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from ..modeling_vwlmm import VWLMMForConditionalGeneration, get_supervised_image_positions
 from .arguments import VWLMMTrainingArguments
+from .sampling import ModalityLengthGroupedSampler, estimate_lengths
 from .stages import STAGES
 
 
@@ -26,8 +28,16 @@ logger = logging.get_logger(__name__)
 SAMPLE_ERRORS = (ValueError, OSError, TemplateError)
 
 
+@dataclass
 class VWLMMDataCollator(DataCollatorForVisionLanguageModeling):
-    """TRL's collator for vision data, whose errors name the sample, and which never supervises a placeholder."""
+    """
+    TRL's collator for vision data, whose errors name the sample, and which never supervises a placeholder.
+
+    With `packing`, the samples of a batch stand behind each other in one row without padding: `[1, L]`, and
+    `position_ids` that start again with every sample, by which attention keeps them apart.
+    """
+
+    packing: bool = False
 
     def torch_call(self, examples):
         try:
@@ -40,7 +50,17 @@ class VWLMMDataCollator(DataCollatorForVisionLanguageModeling):
                     raise ValueError(f"Sample {example.get('id')!r}: {error}") from error
             raise
         batch["labels"][batch["input_ids"] == self.processor.image_token_id] = -100
-        return batch
+        return pack(batch) if self.packing else batch
+
+
+def pack(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Puts the rows of a padded batch, `[B, L]`, into one without padding, `[1, L']`; images keep their order."""
+    is_token = batch.pop("attention_mask").bool()  # [B, L]
+    position_ids = is_token.cumsum(dim=1) - 1  # [B, L]
+    # Nothing stands before the first token of a sample, so nothing can predict it.
+    batch["labels"][position_ids == 0] = -100
+    packed = {name: batch[name][is_token][None] for name in ("input_ids", "labels")}  # [1, L']
+    return {**batch, **packed, "position_ids": position_ids[is_token][None]}
 
 
 class VWLMMTrainer(SFTTrainer):
@@ -52,7 +72,10 @@ class VWLMMTrainer(SFTTrainer):
     accumulated micro-batch and every process.
 
     Logged beside `loss`: `language_loss` and `visual_loss` (nats a position), `num_text_positions` and
-    `num_image_positions` behind them, and `visual_word_entropy` (nats), all since the last log.
+    `num_image_positions` behind them, `visual_word_entropy` (nats) and `padding_share`, all since the last log.
+
+    `train_sampling_strategy="group_by_length"` makes batches of similar length and one modality. `packing=True` puts the
+    samples of a micro-batch, images included, into one row without padding and without attention across samples.
 
     Args:
         model ([`VWLMMForConditionalGeneration`] or `str`): Model, or name or path of a checkpoint.
@@ -109,6 +132,8 @@ class VWLMMTrainer(SFTTrainer):
         if not is_peft_model(model) and peft_config is None:
             set_trainable_parameters(base_model, args.stage)
 
+        # TRL packs text only, and refuses `packing` with images: here the collator packs both.
+        packing, args.packing = args.packing, False
         super().__init__(
             model=model,
             args=args,
@@ -117,6 +142,7 @@ class VWLMMTrainer(SFTTrainer):
             peft_config=peft_config,
             **kwargs,
         )
+        args.packing = packing
 
         self._config = base_model.config
         self._num_image_items_in_batch = None
@@ -129,7 +155,7 @@ class VWLMMTrainer(SFTTrainer):
             )
         # A collator of the user's own, even one derived from TRL's, stays.
         if type(self.data_collator) is DataCollatorForVisionLanguageModeling:
-            self.data_collator = VWLMMDataCollator(**vars(self.data_collator))
+            self.data_collator = VWLMMDataCollator(**vars(self.data_collator), packing=packing)
             if args.chat_template is not None:
                 is_jinja = "{" in args.chat_template
                 self.data_collator.chat_template = (
@@ -180,12 +206,26 @@ class VWLMMTrainer(SFTTrainer):
             self._config.trained_stages = [*self._config.trained_stages, self.args.stage]
         return super().train(*args, **kwargs)
 
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        groups = self.args.train_sampling_strategy == "group_by_length"
+        if not groups or not isinstance(dataset, Dataset) or "images" not in dataset.column_names:
+            return super()._get_train_sampler(train_dataset)
+        lengths, has_images = estimate_lengths(dataset, self._config.image_seq_length)
+        if self.args.length_column_name in dataset.column_names:
+            lengths = dataset[self.args.length_column_name]
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return ModalityLengthGroupedSampler(self.args.global_batch_size, lengths, has_images, seed)
+
     def _get_num_items_in_batch(self, batch_samples, device):
         """The text positions that the loss of an optimiser step is a mean over; the image positions are kept aside."""
         num_text_positions = sum((batch["labels"][:, 1:] != -100).sum() for batch in batch_samples)
         num_image_positions = sum(
             get_supervised_image_positions(
-                batch["input_ids"], batch.get("attention_mask"), self._config.image_token_id
+                batch["input_ids"],
+                batch.get("attention_mask"),
+                self._config.image_token_id,
+                position_ids=batch.get("position_ids"),
             ).sum()
             for batch in batch_samples
         )
@@ -216,14 +256,16 @@ class VWLMMTrainer(SFTTrainer):
                 f"changes the weights; checkpoints in {self.args.output_dir} are untouched. Lower the learning rate, "
                 "or look at the data of this step."
             )
-        self._add_to_sums(outputs, num_items_in_batch, num_image_items_in_batch)
+        self._add_to_sums(inputs, outputs, num_items_in_batch, num_image_items_in_batch)
         if self.model.training and self.args.stage == 1 and "pixel_values" not in inputs:
             # A micro-batch without images: the adapter, all that trains, took no part in it.
             loss.requires_grad_()
         return (loss, outputs) if return_outputs else loss
 
-    def _add_to_sums(self, outputs, num_text_items, num_image_items) -> None:
+    def _add_to_sums(self, inputs, outputs, num_text_items, num_image_items) -> None:
         sums = self._sums["train" if self.model.training else "eval"]
+        sums["positions"] += inputs["input_ids"].numel()
+        sums["padding_share"] += (inputs["attention_mask"] == 0).sum().item() if "attention_mask" in inputs else 0
         if outputs.language_loss is not None:
             num_positions = outputs.num_text_positions.item()
             denominator = num_positions if num_text_items is None else float(num_text_items)
@@ -246,7 +288,8 @@ class VWLMMTrainer(SFTTrainer):
         for name, total in totals.items():
             if name in POSITIONS_BEHIND:
                 total /= max(totals[POSITIONS_BEHIND[name]], 1)
-            logs[prefix + name] = total
+            if name != "positions":
+                logs[prefix + name] = total
         super().log(logs, start_time)
 
 
@@ -255,6 +298,7 @@ POSITIONS_BEHIND = {
     "language_loss": "num_text_positions",
     "visual_loss": "num_image_positions",
     "visual_word_entropy": "num_image_positions",
+    "padding_share": "positions",
 }
 
 
