@@ -12,6 +12,7 @@ Shapes: `T` text positions, `V` image positions, `D` hidden size, `C` vocabulary
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -149,11 +150,15 @@ class _LinearLoss(torch.autograd.Function):
 
         with torch.autocast(device.type, enabled=False):
             use_kernels = _use_kernels(hidden)
-            logits_dtype = hidden.dtype if use_kernels else statistics_dtype
-            row_bytes = weight.shape[0] * logits_dtype.itemsize
-            num_text = labels.shape[0]
-            for rows in _chunks(0, num_text, row_bytes):
-                logits = (hidden[rows] @ weight.T).to(logits_dtype)  # [R, C]
+            num_text, num_tokens = labels.shape[0], weight.shape[0]
+            text_chunks, image_chunks = _chunks(0, num_text, num_tokens), _chunks(num_text, len(hidden), 2 * num_tokens)
+            # One buffer for all chunks: fresh memory costs a CPU as much time as softmax does.
+            most = max((rows.stop - rows.start for rows in text_chunks + image_chunks), default=0)
+            buffer = hidden.new_empty(most, num_tokens, dtype=hidden.dtype if use_kernels else statistics_dtype)
+            most = max((rows.stop - rows.start for rows in image_chunks), default=0)
+            teacher_buffer = torch.empty_like(buffer[:most])
+            for rows in text_chunks:
+                logits = _project(hidden[rows], weight, buffer)  # [R, C]
                 if use_kernels:
                     sums[0] += triton_cross_entropy_(logits, labels[rows])
                 else:
@@ -161,16 +166,15 @@ class _LinearLoss(torch.autograd.Function):
                         sums[0] += _cross_entropy_(logits[block], labels[rows][block])
                 if needs_hidden or needs_weight:
                     add_gradients(rows, logits, text_factor)
-            for rows in _chunks(num_text, hidden.shape[0], 2 * row_bytes):
+            for rows in image_chunks:
                 teacher_rows = slice(rows.start - num_text, rows.stop - num_text)
-                logits = (hidden[rows] @ weight.T).to(logits_dtype)  # [R, C]
-                teacher_logits = (teacher_hidden[teacher_rows] @ teacher_weight.T).to(logits_dtype)  # [R, C]
+                logits = _project(hidden[rows], weight, buffer)  # [R, C]
+                teacher_logits = _project(teacher_hidden[teacher_rows], teacher_weight, teacher_buffer)  # [R, C]
                 if use_kernels:
                     sums[1:] += triton_kl_div_(logits, teacher_logits)
                 else:
                     for block in _blocks(logits):
                         sums[1:] += _kl_div_(logits[block], teacher_logits[block])
-                del teacher_logits
                 if needs_hidden or needs_weight:
                     add_gradients(rows, logits, image_factor)
 
@@ -199,12 +203,12 @@ def _use_kernels(hidden: torch.Tensor) -> bool:
     return triton is not None and hidden.is_cuda and hidden.dtype != torch.float64
 
 
-def _chunks(start: int, stop: int, row_bytes: int) -> Iterator[slice]:
+def _chunks(start: int, stop: int, num_logits: int) -> list[slice]:
     # Chunks of equal size: a short last one would waste a matrix product.
-    most = max(CHUNK_BYTES // row_bytes, 1)
+    most = max(CHUNK_BYTES // (4 * num_logits), 1)
     count = -(-(stop - start) // most)
-    for index in range(count):
-        yield slice(start + index * (stop - start) // count, start + (index + 1) * (stop - start) // count)
+    bounds = [start + index * (stop - start) // count for index in range(count)] + [stop]
+    return [slice(*pair) for pair in pairwise(bounds)]
 
 
 def _blocks(logits: torch.Tensor) -> Iterator[slice]:
@@ -212,6 +216,13 @@ def _blocks(logits: torch.Tensor) -> Iterator[slice]:
     step = max(CPU_BLOCK_BYTES // row_bytes, 1) if logits.device.type == "cpu" else max(num_rows, 1)
     for start in range(0, num_rows, step):
         yield slice(start, start + step)
+
+
+def _project(hidden: torch.Tensor, weight: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+    logits = buffer[: len(hidden)]  # [R, C]
+    if logits.dtype == hidden.dtype:
+        return torch.matmul(hidden, weight.T, out=logits)
+    return logits.copy_(hidden @ weight.T)
 
 
 def _addmm_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
