@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
-from trl import ModelConfig, TrlParser, get_peft_config
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from modeling_vwlmm import VWLMMForConditionalGeneration, VWLMMTrainer, VWLMMTrainingArguments
 from processing_vwlmm import VWLMMProcessor, load_llava_dataset
@@ -58,7 +58,10 @@ def main(args: list[str] | None = None) -> None:
     else:
         processor = VWLMMProcessor.from_pretrained(model_args.model_name_or_path)
         model = VWLMMForConditionalGeneration.from_pretrained(
-            model_args.model_name_or_path, dtype=dtype, attn_implementation=model_args.attn_implementation
+            model_args.model_name_or_path,
+            dtype=dtype,
+            attn_implementation=model_args.attn_implementation,
+            quantization_config=get_quantization_config(model_args),
         )
     if script_args.use_pseudo_image_features is not None:
         model.config.use_pseudo_image_features = script_args.use_pseudo_image_features
