@@ -446,9 +446,7 @@ class Optimizers:
         self.parameters = [*matrices, *others]
         self.optimizers = [Muon(matrices, lr=MUON_LR), torch.optim.AdamW(others, lr=ADAMW_LR, betas=(0.9, 0.95))]
         self.schedulers = [
-            torch.optim.lr_scheduler.LambdaLR(
-                optimizer, lambda step: min((step + 1) / WARM_UP, 1 - step / steps)
-            )
+            torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / WARM_UP, 1 - step / steps))
             for optimizer in self.optimizers
         ]
 

@@ -23,8 +23,9 @@ from .kernels_vwlmm import triton
 
 
 # What the logits of one chunk may take, the teacher's beside the student's. Much smaller chunks make slow matrix
-# products, larger ones gain nothing. At C = 32000 this is 393 image positions a chunk in fp32, or 786 text positions.
-CHUNK_BYTES = 96 * 2**20
+# products, and on a GPU the head's gradient passes through memory once a chunk; larger ones gain nothing. At C = 32000
+# this is 131 image positions a chunk in fp32 on a CPU, 2097 in bf16 on a GPU.
+CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
 # Softmax and divergence of a chunk run block by block on a CPU, so that their temporaries stay in its cache.
 CPU_BLOCK_BYTES = 2**20
 
@@ -139,24 +140,25 @@ class _LinearLoss(torch.autograd.Function):
         statistics_dtype = torch.promote_types(hidden.dtype, torch.float32)
         sums = torch.zeros(4, dtype=statistics_dtype, device=device)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None  # [T + V, D]
-        grad_weight = torch.zeros_like(weight, dtype=statistics_dtype) if needs_weight else None  # [C, D]
+        grad_weight = None  # [C, D]
 
         def add_gradients(rows, grad_logits, factor):
+            nonlocal grad_weight
             grad_logits = grad_logits.to(hidden.dtype)  # [R, C]
             if needs_hidden:
                 torch.mm(grad_logits, weight, out=grad_hidden[rows]).mul_(factor)
             if needs_weight:
-                _addmm_(grad_weight, grad_logits.T, hidden[rows] * factor)
+                grad_weight = _add_product(grad_weight, grad_logits.T, hidden[rows] * factor)
 
         with torch.autocast(device.type, enabled=False):
             use_kernels = _use_kernels(hidden)
             num_text, num_tokens = labels.shape[0], weight.shape[0]
-            text_chunks, image_chunks = _chunks(0, num_text, num_tokens), _chunks(num_text, len(hidden), 2 * num_tokens)
+            logits_dtype = hidden.dtype if use_kernels else statistics_dtype
+            most = max(CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (num_tokens * logits_dtype.itemsize), 2)
+            text_chunks, image_chunks = _chunks(0, num_text, most), _chunks(num_text, len(hidden), most // 2)
             # One buffer for all chunks: fresh memory costs a CPU as much time as softmax does.
-            most = max((rows.stop - rows.start for rows in text_chunks + image_chunks), default=0)
-            buffer = hidden.new_empty(most, num_tokens, dtype=hidden.dtype if use_kernels else statistics_dtype)
-            most = max((rows.stop - rows.start for rows in image_chunks), default=0)
-            teacher_buffer = torch.empty_like(buffer[:most])
+            buffer = hidden.new_empty(_longest(text_chunks + image_chunks), num_tokens, dtype=logits_dtype)
+            teacher_buffer = torch.empty_like(buffer[: _longest(image_chunks)])
             for rows in text_chunks:
                 logits = _project(hidden[rows], weight, buffer)  # [R, C]
                 if use_kernels:
@@ -178,6 +180,8 @@ class _LinearLoss(torch.autograd.Function):
                 if needs_hidden or needs_weight:
                     add_gradients(rows, logits, image_factor)
 
+        if needs_weight and grad_weight is None:
+            grad_weight = torch.zeros_like(weight)
         ctx.dtypes = hidden_dtype, weight_dtype
         if hidden.dtype != torch.float16:
             grad_hidden = None if grad_hidden is None else grad_hidden.to(hidden_dtype)
@@ -203,12 +207,15 @@ def _use_kernels(hidden: torch.Tensor) -> bool:
     return triton is not None and hidden.is_cuda and hidden.dtype != torch.float64
 
 
-def _chunks(start: int, stop: int, num_logits: int) -> list[slice]:
+def _chunks(start: int, stop: int, most: int) -> list[slice]:
     # Chunks of equal size: a short last one would waste a matrix product.
-    most = max(CHUNK_BYTES // (4 * num_logits), 1)
     count = -(-(stop - start) // most)
     bounds = [start + index * (stop - start) // count for index in range(count)] + [stop]
     return [slice(*pair) for pair in pairwise(bounds)]
+
+
+def _longest(chunks: list[slice]) -> int:
+    return max((rows.stop - rows.start for rows in chunks), default=0)
 
 
 def _blocks(logits: torch.Tensor) -> Iterator[slice]:
@@ -225,11 +232,10 @@ def _project(hidden: torch.Tensor, weight: torch.Tensor, buffer: torch.Tensor) -
     return logits.copy_(hidden @ weight.T)
 
 
-def _addmm_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b
+def _add_product(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    if total is None:
+        return (a @ b).to(torch.promote_types(a.dtype, torch.float32))
+    return total.addmm_(a, b) if total.dtype == a.dtype else total.add_(a @ b)
 
 
 def _cross_entropy_(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

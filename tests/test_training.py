@@ -355,7 +355,9 @@ class TestPacking:
     @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
     @pytest.mark.parametrize("use_pseudo_image_features", [False, True])
     @pytest.mark.parametrize("stage", [1, 2, 3, 4])
-    def test_packed_samples_make_the_same_step(self, make_trainer, vicuna, stage, use_pseudo_image_features, implementation):
+    def test_packed_samples_make_the_same_step(
+        self, make_trainer, vicuna, stage, use_pseudo_image_features, implementation
+    ):
         gradients = []
         for packing in (False, True):
             model = VWLMMForConditionalGeneration.from_pretrained(

@@ -52,7 +52,9 @@ class ModalityLengthGroupedSampler(Sampler):
             members = np.flatnonzero(modality).tolist()
             if not members:
                 continue
-            order = get_length_grouped_indices([self.lengths[i] for i in members], self.batch_size, generator=generator)
+            order = get_length_grouped_indices(
+                [self.lengths[i] for i in members], self.batch_size, generator=generator
+            )
             grouped = [members[i] for i in order]
             whole = len(grouped) - len(grouped) % self.batch_size
             batches += [grouped[start : start + self.batch_size] for start in range(0, whole, self.batch_size)]
