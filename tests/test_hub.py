@@ -17,6 +17,7 @@ from conftest import make_image
 CODE_FILES = {
     "configuration_vwlmm.py",
     "modeling_vwlmm.py",
+    "kernels_vwlmm.py",
     "loss_vwlmm.py",
     "processing_vwlmm.py",
     "chat_templates_vwlmm.py",
