@@ -33,6 +33,10 @@ from .configuration_vwlmm import VWLMMConfig
 from .loss_vwlmm import linear_loss
 
 
+# Fields of LLaVA's config.json that say what a checkpoint is, and are not passed on to another architecture.
+NOT_OF_VWLMM = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path")
+
+
 @dataclass
 class VWLMMImageFeaturesOutput(BaseModelOutputWithPooling):
     """
@@ -433,17 +437,74 @@ class VWLMMForConditionalGeneration(LlavaForConditionalGeneration):
         keeps_class_token = has_class_token and config["vision_feature_select_strategy"] == "full"
         num_patches = (vision.config.image_size // vision.config.patch_size) ** 2
         config.setdefault("image_seq_length", num_patches + keeps_class_token)
-        # Only the adapter and the VM head are new: everything else is built on no device, then put in place.
+        config = VWLMMConfig(vision_config=vision.config, text_config=text.config, **config)
+        return cls._assemble(config, vision, decoder, lm_head, generation_config=text.generation_config)
+
+    @classmethod
+    def from_llava(cls, name_or_path: str, **kwargs) -> "VWLMMForConditionalGeneration":
+        """
+        The model that stage III starts from where a LLaVA is at hand: all of it, and a new VM head.
+
+        Args:
+            name_or_path (`str`):
+                A checkpoint of Transformers' LLaVA architecture, in any layout it has been published in.
+            kwargs:
+                Everything that `LlavaForConditionalGeneration.from_pretrained` takes, such as `dtype`.
+
+        Returns:
+            [`VWLMMForConditionalGeneration`]
+
+        Raises:
+            ValueError: If the checkpoint is of another architecture, or its tensors are not those of its config.
+
+        Example:
+
+        ```python
+        >>> model = VWLMMForConditionalGeneration.from_llava("llava-hf/llava-1.5-7b-hf")
+        ```
+        """
+        config = AutoConfig.from_pretrained(name_or_path)
+        if config.model_type != "llava":
+            raise ValueError(
+                f"{name_or_path} has the model type {config.model_type!r}; expected 'llava', Transformers' LLaVA."
+            )
+        llava, loading = LlavaForConditionalGeneration.from_pretrained(
+            name_or_path, output_loading_info=True, **kwargs
+        )
+        for problem in ("missing", "unexpected"):
+            if names := sorted(loading[f"{problem}_keys"]):
+                raise ValueError(
+                    f"{name_or_path} has {len(names)} {problem} tensors, {names[0]} among them. Its config.json and its "
+                    "weights must be of one model."
+                )
+        fields = {name: value for name, value in llava.config.to_dict().items() if name not in NOT_OF_VWLMM}
+        return cls._assemble(
+            VWLMMConfig(**fields, trained_stages=[1, 2]),
+            llava.model.vision_tower,
+            llava.model.language_model,
+            llava.lm_head,
+            llava.model.multi_modal_projector,
+            generation_config=llava.generation_config,
+        )
+
+    @classmethod
+    def _assemble(cls, config, vision_tower, language_model, lm_head, adapter=None, *, generation_config):
+        # Only what is new is made: everything else is built on no device, then put in place.
         with torch.device("meta"):
-            model = cls(VWLMMConfig(vision_config=vision.config, text_config=text.config, **config))
-        model.model.vision_tower = vision.requires_grad_(False)
-        model.model.language_model = decoder
+            model = cls(config)
+        model.model.vision_tower = vision_tower.requires_grad_(False)
+        model.model.language_model = language_model
         model.lm_head = lm_head
-        for module in (*model.model.multi_modal_projector.modules(), model.model.vm_head):
+        new_modules = [model.model.vm_head]
+        if adapter is None:
+            new_modules += model.model.multi_modal_projector.modules()
+        else:
+            model.model.multi_modal_projector = adapter
+        for module in new_modules:
             if isinstance(module, nn.Linear):
-                module.to_empty(device=text.device).to(text.dtype).reset_parameters()
+                module.to_empty(device=lm_head.weight.device).to(lm_head.weight.dtype).reset_parameters()
         model.tie_weights()
-        model.generation_config = text.generation_config
+        model.generation_config = generation_config
         return model.eval()
 
     def get_visual_words(self, pixel_values: torch.Tensor, top_k: int = 1) -> VisualWordsOutput:

@@ -86,6 +86,33 @@ class VWLMMProcessor(LlavaProcessor):
         processor.chat_template = processor.get_chat_template(chat_template)
         return processor
 
+    @classmethod
+    def from_llava(cls, name_or_path, chat_template=None):
+        """
+        Makes the processor of a LLaVA checkpoint, the counterpart of `VWLMMForConditionalGeneration.from_llava`: its
+        tokenizer and image processor, with the images as that LLaVA has learned to see them.
+
+        Args:
+            name_or_path (`str` or `os.PathLike`): A checkpoint of Transformers' LLaVA architecture.
+            chat_template (`str`, *optional*):
+                `"vicuna_v1"` or `"mistral"`. By default the checkpoint's own template, which serves inference;
+                training needs one that marks what the assistant says.
+        """
+        config = AutoConfig.from_pretrained(name_or_path)
+        llava = LlavaProcessor.from_pretrained(name_or_path)
+        has_class_token = not config.vision_config.model_type.startswith("siglip")
+        processor = cls(
+            image_processor=llava.image_processor,
+            tokenizer=_load_tokenizer(llava.tokenizer),
+            # Early checkpoints leave these to the config.
+            patch_size=config.vision_config.patch_size,
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
+            num_additional_image_tokens=1 if has_class_token else 0,
+            image_token=IMAGE_TOKEN,
+        )
+        processor.chat_template = processor.get_chat_template(chat_template) if chat_template else llava.chat_template
+        return processor
+
     def get_chat_template(self, name):
         """
         One of the templates of the paper's stages, as this processor's tokenizer needs it.
