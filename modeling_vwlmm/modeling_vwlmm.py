@@ -507,6 +507,18 @@ class VWLMMForConditionalGeneration(LlavaForConditionalGeneration):
         model.generation_config = generation_config
         return model.eval()
 
+    def resize_token_embeddings(
+        self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True
+    ) -> nn.Embedding:
+        """See `PreTrainedModel.resize_token_embeddings`. Visual words are tokens, so the VM head is resized, too."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        vm_head = self.model.vm_head
+        if vm_head.out_features != embeddings.num_embeddings:
+            self.model.vm_head = self._get_resized_lm_head(
+                vm_head, embeddings.num_embeddings, mean_resizing=mean_resizing
+            )
+        return embeddings
+
     def get_visual_words(self, pixel_values: torch.Tensor, top_k: int = 1) -> VisualWordsOutput:
         """See [`VWLMMModel.get_visual_words`]."""
         return self.model.get_visual_words(pixel_values, top_k=top_k)

@@ -733,6 +733,30 @@ class TestFromVisionTextPretrainedOptions:
             VWLMMForConditionalGeneration.from_vision_text_pretrained(tiny_vision("clip"), text)
 
 
+class TestResizeTokenEmbeddings:
+    def test_heads_and_embeddings_keep_one_vocabulary(self, model, processor, tmp_path):
+        batch = collate(processor, make_conversation((1, "Where?", "A red circle.")))
+        before = model(**batch, visual_objective="visual_words")
+        old_heads = model.lm_head.weight.detach().clone(), model.model.vm_head.weight.detach().clone()
+        model.resize_token_embeddings(490)
+        heads = model.lm_head.weight, model.model.vm_head.weight
+        for matrix in (*heads, model.get_input_embeddings().weight):
+            assert matrix.shape[0] == model.config.text_config.vocab_size == 490
+        for head, old in zip(heads, old_heads, strict=True):
+            assert torch.equal(head[:480], old)
+        after = model(**batch, visual_objective="visual_words")
+        assert after.visual_loss.isfinite() and after.visual_loss != before.visual_loss
+        model.save_pretrained(tmp_path)
+        again = VWLMMForConditionalGeneration.from_pretrained(tmp_path)
+        assert_close(again(**batch, visual_objective="visual_words").loss, after.loss)
+
+    def test_visual_words_may_become_the_new_tokens(self, model):
+        model.resize_token_embeddings(496, mean_resizing=False)
+        model.model.vm_head.weight.data[490] = 1e3
+        pixel_values = torch.randn(2, 3, *[model.config.vision_config.image_size] * 2)
+        assert (model.get_visual_words(pixel_values, top_k=496).token_ids == 490).any()
+
+
 class TestConfig:
     def test_placeholder_is_one_past_the_vocabulary(self):
         assert VWLMMConfig().image_token_id == VWLMMConfig().text_config.vocab_size == 32000
