@@ -8,10 +8,19 @@ Converts a checkpoint in the format of the authors' code to this one: model, tok
 
 import argparse
 import json
+import pickle
+import re
 import tempfile
+import zipfile
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, GenerationConfig, LlamaConfig, MistralConfig
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
 from processing_vwlmm import VWLMMProcessor
@@ -38,6 +47,8 @@ def convert_official_checkpoint(source: str | Path, output: str | Path, vision_t
     """
     Converts a checkpoint in the authors' format: Vicuna or Mistral, with or without pseudo image features.
 
+    Weights pass file by file: memory for the largest of them is enough.
+
     Args:
         source (`str` or `Path`):
             Folder with `config.json`, the tokenizer, and the weights as safetensors or `.bin`, sharded or not, with or
@@ -50,8 +61,9 @@ def convert_official_checkpoint(source: str | Path, output: str | Path, vision_t
 
     Raises:
         FileExistsError: If `output` exists.
-        FileNotFoundError: If `source` has no `config.json`.
-        ValueError: If the checkpoint is not of this format, or its tensors are not those that its config announces.
+        FileNotFoundError: If `source` lacks `config.json` or a file of weights.
+        ValueError: If the checkpoint is not of this format, if its tensors are not those that its config announces, or if
+            a `.bin` file holds anything else.
     """
     source, output = Path(source), Path(output)
     if output.exists():
@@ -61,7 +73,12 @@ def convert_official_checkpoint(source: str | Path, output: str | Path, vision_t
     if (source / vision_tower).is_dir():
         vision_tower = str(source / vision_tower)
 
-    model = _convert_model(source, _convert_config(official, vision_tower), vision_tower)
+    with torch.device("meta"):
+        model = VWLMMForConditionalGeneration(_convert_config(official, vision_tower))
+    if (source / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source)
+    weights = _Weights(source)
+    lacks_vision_tower = _check_weights(weights, model)
     processor = VWLMMProcessor.from_vision_text_pretrained(
         vision_tower, str(source), chat_template="mistral" if _is_mistral(official) else "vicuna_v1"
     )
@@ -69,9 +86,13 @@ def convert_official_checkpoint(source: str | Path, output: str | Path, vision_t
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
         incomplete = Path(folder) / output.name
-        # Under our names: by default Transformers would put back those it was loaded from.
-        model.save_pretrained(incomplete, save_original_format=False)
+        incomplete.mkdir()
         processor.save_pretrained(incomplete)
+        shards, num_shards = weights.shards(model.config.dtype), len(weights.files) + lacks_vision_tower
+        if lacks_vision_tower:
+            logger.warning_once(f"{source} holds no vision tower: its tensors come from {vision_tower}.")
+            shards = chain(shards, [_read_vision_tower(vision_tower, model.config)])
+        _save(model, shards, num_shards, incomplete)
         incomplete.rename(output)
 
 
@@ -122,38 +143,111 @@ def _convert_config(official: dict, vision_tower: str) -> VWLMMConfig:
     )
 
 
-def _convert_model(source: Path, config: VWLMMConfig, vision_tower: str) -> VWLMMForConditionalGeneration:
-    model, info = VWLMMForConditionalGeneration.from_pretrained(
-        source,
-        config=config,
-        key_mapping=KEY_MAPPING,
-        dtype=config.dtype,
-        ignore_mismatched_sizes=True,  # reported below, with the names
-        output_loading_info=True,
-    )
-    vision_tower_keys = {name for name in model.state_dict() if name.startswith("model.vision_tower.")}
-    lacks_vision_tower = vision_tower_keys <= info["missing_keys"]
-    missing = info["missing_keys"] - (vision_tower_keys if lacks_vision_tower else set())
-    unexpected = {name for name in info["unexpected_keys"] if not name.endswith(COMPUTED_BUFFERS)}
-    for problem, names in {"lacks": missing, "has unknown": unexpected}.items():
-        if names:
-            raise ValueError(
-                f"{source} {problem} {len(names)} tensors, {sorted(names)[0]} among them. Is a shard missing, or is "
-                "config.json that of another checkpoint?"
-            )
-    for name, shape, expected_shape in sorted(info["mismatched_keys"]):
+class _Weights:
+    """The tensors of a checkpoint under our names, of which no more than one file is read at a time."""
+
+    def __init__(self, source: Path):
+        self.source = source
+        for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
+            single, index = source / f"{stem}{suffix}", source / f"{stem}{suffix}.index.json"
+            if single.is_file():
+                self.files = [single]
+                return
+            if index.is_file():
+                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+                self.files = [source / name for name in names]
+                return
+        raise FileNotFoundError(
+            f"{source} has no weights: expected model.safetensors, pytorch_model.bin, or an index of their shards."
+        )
+
+    def shapes(self) -> dict[str, tuple[torch.Size, Path]]:
+        """Shape and file of every tensor. The tensors themselves stay on disk."""
+        return {name: (tensor.shape, file) for file in self.files for name, tensor in self._read(file)}
+
+    def shards(self, dtype: torch.dtype | None) -> Iterator[dict[str, torch.Tensor]]:
+        for file in self.files:
+            yield {
+                name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+                for name, tensor in self._read(file)
+            }
+
+    def _read(self, file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing, and the index of the checkpoint names it. Download it again.")
+        for name, tensor in (_read_safetensors if file.suffix == ".safetensors" else _read_bin)(file):
+            for pattern, replacement in KEY_MAPPING.items():
+                name = re.sub(pattern, replacement, name)
+            if not name.endswith(COMPUTED_BUFFERS):
+                yield name, tensor
+
+
+def _read_safetensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    with safe_open(file, framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118 (no dict)
+            yield name, tensors.get_tensor(name)
+
+
+def _read_bin(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    # Mapped, not read; only the format from before PyTorch 1.6 is no zip file and cannot be.
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{source} has {name} of shape {tuple(shape)}, its config.json announces {tuple(expected_shape)}. Is that "
-            "the config.json of another checkpoint?"
+            f"{file} holds more than tensors, and reading it could run any code. Ask its authors for safetensors."
+        ) from error
+    for name, tensor in content.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{file} has {name}, a {type(tensor).__name__}; expected tensors alone.")
+        yield name, tensor
+
+
+def _check_weights(weights: _Weights, model: VWLMMForConditionalGeneration) -> bool:
+    """Raises unless the tensors are those that the config announces. Returns whether the vision tower's are left out."""
+    found, expected = weights.shapes(), model.state_dict()
+    tower = {name for name in expected if name.startswith("model.vision_tower.")}
+    lacks_vision_tower = tower.isdisjoint(found)
+    missing = expected.keys() - found - (tower if lacks_vision_tower else set())
+    if missing:
+        raise ValueError(
+            f"{weights.source} lacks {len(missing)} tensors, {min(missing)} among them. Is a shard missing, or is "
+            "config.json that of another checkpoint?"
         )
-    if lacks_vision_tower:
-        logger.warning_once(f"{source} holds no vision tower: its tensors come from {vision_tower}.")
-        model.model.vision_tower = AutoModel.from_pretrained(
-            vision_tower, config=config.vision_config, dtype=config.dtype
-        )
-    if (source / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(source)
-    return model
+    for name, (shape, file) in found.items():
+        if name not in expected:
+            raise ValueError(f"{file} has the unknown tensor {name}. Is config.json that of another checkpoint?")
+        if shape != expected[name].shape:
+            raise ValueError(
+                f"{file} has {name} of shape {tuple(shape)}, config.json announces {tuple(expected[name].shape)}. Is "
+                "that the config.json of another checkpoint?"
+            )
+    return lacks_vision_tower
+
+
+def _read_vision_tower(vision_tower: str, config: VWLMMConfig) -> dict[str, torch.Tensor]:
+    tower = AutoModel.from_pretrained(vision_tower, config=config.vision_config, dtype=config.dtype)
+    return {f"model.vision_tower.{name}": tensor for name, tensor in tower.state_dict().items()}
+
+
+def _save(
+    model: VWLMMForConditionalGeneration, shards: Iterator[dict[str, torch.Tensor]], num_shards: int, folder: Path
+) -> None:
+    """What `save_pretrained` writes, without ever holding all weights."""
+    weight_map, total_size = {}, 0
+    for number in range(1, num_shards + 1):
+        shard = next(shards)
+        file = f"model-{number:05}-of-{num_shards:05}.safetensors" if num_shards > 1 else "model.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+        total_size += sum(tensor.nbytes for tensor in shard.values())
+        del shard  # before the next one is read
+    if num_shards > 1:
+        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    custom_object_save(model, folder, config=model.config)
 
 
 def main() -> None:

@@ -62,7 +62,10 @@ def edit_config(source: Path, **fields) -> None:
 
 
 def assert_same_weights(folder: Path, expected: str) -> None:
-    weights, expected = (load_file(Path(path) / "model.safetensors") for path in (folder, expected))
+    weights, expected = (
+        {name: value for file in Path(path).glob("*.safetensors") for name, value in load_file(file).items()}
+        for path in (folder, expected)
+    )
     assert weights.keys() == expected.keys()
     for name, value in weights.items():
         assert torch.equal(value, expected[name]), name
@@ -286,7 +289,7 @@ class TestErrors:
 
     def test_unknown_tensor(self, source, output):
         write_weights(source, {**read_weights(source), "model.image_newline": torch.zeros(48)})
-        with pytest.raises(ValueError, match=rf"{re.escape(str(source))} has unknown 1 tensors, model\.image_newline"):
+        with pytest.raises(ValueError, match=r"pytorch_model\.bin has the unknown tensor model\.image_newline"):
             convert_official_checkpoint(source, output)
         assert_nothing_left(output)
 
@@ -312,6 +315,42 @@ class TestErrors:
         with pytest.raises((OSError, ValueError)):
             convert_official_checkpoint(source, output)
         assert_nothing_left(output)
+
+    @pytest.mark.parametrize(
+        ("content", "named"), [({"step": 7}, "step, a int"), (Path("x"), "holds more than tensors")]
+    )
+    def test_bin_with_more_than_tensors(self, source, output, content, named):
+        write_weights(source, read_weights(source))
+        torch.save(content, source / "pytorch_model.bin")
+        with pytest.raises(ValueError, match=rf"pytorch_model\.bin.* {named}"):
+            convert_official_checkpoint(source, output)
+        assert_nothing_left(output)
+
+
+MEASURED = """
+import resource, sys
+from modeling_vwlmm import convert_official_checkpoint
+convert_official_checkpoint(*sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.parametrize("safe", [False, True], ids=["bin", "safetensors"])
+def test_memory_for_the_largest_shard_is_enough(source, output, safe):
+    """2 GB in five shards."""
+    vocab_size = 7_000_000  # rows of 48, in three matrices of the vocabulary
+    edit_config(source, vocab_size=vocab_size, torch_dtype="float16")
+    weights = {name: tensor.half() for name, tensor in read_weights(source).items()}
+    for name in ("model.embed_tokens.weight", "lm_head.weight", "vm_head.weight"):
+        weights[name] = torch.zeros(vocab_size, 48, dtype=torch.float16)
+    write_weights(source, weights, shards=5, safe=safe)
+    sizes = [file.stat().st_size for file in source.iterdir() if file.suffix in (".bin", ".safetensors")]
+    assert sum(sizes) > 2e9
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURED, str(source), str(output)], capture_output=True, text=True, check=True
+    )
+    assert int(result.stdout.splitlines()[-1]) < 1.3 * max(sizes) + 1e9
+    shutil.rmtree(output)
 
 
 def test_command_line(source, output, vicuna):
