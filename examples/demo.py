@@ -21,7 +21,7 @@ from processing_vwlmm import VWLMMProcessor
 
 RECIPES = Path("examples/recipes/small_world")
 RUNS = Path("runs/small_world")
-NUM_CAPTIONS, NUM_CONVERSATIONS = 2400, 3800
+NUM_CAPTIONS, NUM_CONVERSATIONS = 4800, 3800
 
 
 def main() -> None:
