@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 
 Step = Callable[[], object]
@@ -167,6 +168,37 @@ def prepare_stage(size: str, stage: int):
     return model.train(), batch
 
 
+def make_mixed_batch(size: str) -> dict[str, torch.Tensor]:
+    """Four samples of unequal length, one of them text only, padded on the right; all text is supervised."""
+    _, _, vocab_size, side, num_text = MODEL_SIZES[size]
+    generator = torch.Generator().manual_seed(0)
+    image = torch.full((side**2,), vocab_size)
+    texts = [torch.randint(3, vocab_size, (num_text * n,), generator=generator) for n in (1, 4, 2, 3)]
+    rows = [torch.cat([text[:2], image, text[2:]]) if index != 2 else text for index, text in enumerate(texts)]
+    input_ids = pad_sequence(rows, batch_first=True)  # [B, L]
+    attention_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)  # [B, L]
+    return {
+        "input_ids": input_ids,
+        "labels": input_ids.masked_fill((attention_mask == 0) | (input_ids == vocab_size), -100),
+        "attention_mask": attention_mask,
+        "pixel_values": torch.randn(3, 3, 14 * side, 14 * side, generator=generator),
+    }
+
+
+def mixed_step(size: str, packed: bool) -> Step:
+    from modeling_vwlmm.training.trainer import pack
+
+    model, _ = prepare_stage(size, 4)
+    batch = make_mixed_batch(size)
+    batch = {name: tensor.to(device()) for name, tensor in (pack(batch) if packed else batch).items()}
+
+    def step():
+        model(**batch, visual_objective="visual_words", use_cache=False).loss.backward()
+        model.zero_grad()
+
+    return step
+
+
 def stage_step(size: str, stage: int) -> Step:
     objective = {3: "vm_head", 4: "visual_words"}[stage]
     model, batch = prepare_stage(size, stage)
@@ -286,6 +318,8 @@ CASES: dict[str, Callable[[str], Step]] = {
     "stage 4 written out": lambda size: stage_step_written_out(size, 4),
     "stage 3": lambda size: stage_step(size, 3),
     "stage 3 written out": lambda size: stage_step_written_out(size, 3),
+    "packed": lambda size: mixed_step(size, True),
+    "padded": lambda size: mixed_step(size, False),
     "kl 1/8 positions": scaled_kl(1, 4),
     "kl 1/4 vocabulary": scaled_kl(8, 1),
     "prefill": lambda size: generation_step(size, 1, True),

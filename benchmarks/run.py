@@ -7,7 +7,7 @@ Measures this implementation against its alternatives, side by side on one machi
     python benchmarks/run.py --size small           # a quick look
     python benchmarks/run.py --size 7b --only kl    # on a CUDA machine
 
-Every figure is a ratio of medians. The two sides of a ratio run in turn, each run in a process of its own. Memory is the
+Every figure is a ratio of medians. All cases run in turn, round by round, each run in a process of its own. Memory is the
 peak that a step adds to its inputs: the operating system's peak resident set on a CPU, the allocator's peak on CUDA.
 """
 
@@ -27,13 +27,17 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Comparison:
-    """`ours` against `other`: at most `time` times the time and `memory` times the memory."""
+    """`ours` against `other`: at most `time` times the time and `memory` times the memory.
+
+    `growth` is the share of which matrix's gradient is new in `ours`: memory may grow by as much, and no more.
+    """
 
     name: str
     ours: str
     other: str
     time: float
     memory: float | None = None
+    growth: tuple[float, str] | None = None
 
 
 COMPARISONS = (
@@ -43,8 +47,9 @@ COMPARISONS = (
     Comparison("text and KL in one against apart", "text and kl", "text and kl apart", 1.0),
     Comparison("stage IV step against full logits", "stage 4", "stage 4 written out", 0.6, 0.38),
     Comparison("stage III step against full logits", "stage 3", "stage 3 written out", 0.75, 0.06),
-    Comparison("image positions x 8", "kl", "kl 1/8 positions", 8 * 1.1),
-    Comparison("vocabulary x 4", "kl", "kl 1/4 vocabulary", 4 * 1.1),
+    Comparison("packed row against padded batch", "packed", "padded", 1.0),
+    Comparison("image positions x 8", "kl", "kl 1/8 positions", 8 * 1.1, growth=(7 / 8, "hidden states")),
+    Comparison("vocabulary x 4", "kl", "kl 1/4 vocabulary", 4 * 1.1, growth=(3 / 4, "head")),
     Comparison("prefill against LLaVA", "prefill", "prefill llava", 1 / 0.98),
     Comparison("decoding against LLaVA", "decode", "decode llava", 1 / 0.98),
     Comparison("preprocessing against LLaVA", "preprocess", "preprocess llava", 1 / 0.98),
@@ -86,36 +91,55 @@ def resident(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def compare(comparison: Comparison, size: str, runs: int, progress: tqdm) -> str:
-    results = {comparison.ours: [], comparison.other: []}
-    for _ in range(runs):
-        for case in results:
-            progress.set_description(case)
-            command = [sys.executable, __file__, "--size", size, "--case", case]
-            output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            results[case].append(json.loads(output.splitlines()[-1]))
-            progress.update()
-    seconds, added = (
-        [statistics.median(result[key] for result in results[case]) for case in (comparison.ours, comparison.other)]
-        for key in ("seconds", "bytes")
-    )
+def measure_in_turn(cases: list[str], size: str, runs: int) -> dict[str, dict[str, float]]:
+    """Medians of every case, over rounds in which each has a process of its own."""
+    results = {case: [] for case in cases}
+    with tqdm(total=runs * len(cases), unit="run") as progress:
+        for _ in range(runs):
+            for case in cases:
+                progress.set_description(case)
+                command = [sys.executable, __file__, "--size", size, "--case", case]
+                process = subprocess.run(command, capture_output=True, text=True)
+                if process.returncode:
+                    raise RuntimeError(f"The case {case!r} failed:\n{process.stderr[-2000:]}")
+                results[case].append(json.loads(process.stdout.splitlines()[-1]))
+                progress.update()
+    return {
+        case: {key: statistics.median(result[key] for result in measured) for key in ("seconds", "bytes")}
+        for case, measured in results.items()
+    }
+
+
+def row(comparison: Comparison, medians: dict[str, dict[str, float]], size: str) -> str:
+    ours, other = medians[comparison.ours], medians[comparison.other]
     cells = [
         comparison.name,
-        f"{seconds[0]:.3f} s",
-        f"{seconds[1]:.3f} s",
-        f"{seconds[0] / seconds[1]:.2f} x",
+        f"{ours['seconds']:.3f} s",
+        f"{other['seconds']:.3f} s",
+        f"{ours['seconds'] / other['seconds']:.2f} x",
         f"{comparison.time:.2f} x",
     ]
-    if comparison.memory is None:
+    memory = comparison.memory
+    if comparison.growth is not None:
+        share, matrix = comparison.growth
+        memory = 1 + share * gradient_bytes(size)[matrix] / other["bytes"]
+    if memory is None:
         cells += [""] * 4
     else:
         cells += [
-            f"{added[0] / 2**20:.0f} MiB",
-            f"{added[1] / 2**20:.0f} MiB",
-            f"{added[0] / added[1]:.2f} x",
-            f"{comparison.memory:.2f} x",
+            f"{ours['bytes'] / 2**20:.0f} MiB",
+            f"{other['bytes'] / 2**20:.0f} MiB",
+            f"{ours['bytes'] / other['bytes']:.2f} x",
+            f"{memory:.2f} x",
         ]
     return "| " + " | ".join(cells) + " |"
+
+
+def gradient_bytes(size: str) -> dict[str, int]:
+    from cases import LOSS_SIZES
+
+    num_positions, hidden_size, vocab_size = LOSS_SIZES[size]
+    return {"hidden states": 4 * num_positions * hidden_size, "head": 4 * vocab_size * hidden_size}
 
 
 def main() -> None:
@@ -130,14 +154,12 @@ def main() -> None:
         return
     comparisons = CUDA_COMPARISONS if args.size == "7b" else COMPARISONS
     comparisons = [comparison for comparison in comparisons if (args.only or "") in comparison.name]
-    rows = []
-    with tqdm(total=2 * args.runs * len(comparisons), unit="run") as progress:
-        for comparison in comparisons:
-            rows.append(compare(comparison, args.size, args.runs, progress))
+    cases = dict.fromkeys(case for comparison in comparisons for case in (comparison.ours, comparison.other))
+    medians = measure_in_turn(list(cases), args.size, args.runs)
     print(f"\n{machine()}; size {args.size}, medians of {args.runs} runs in turn\n")
     print("| comparison | ours | other | time | bar | ours | other | memory | bar |")
     print("|---|---|---|---|---|---|---|---|---|")
-    print("\n".join(rows))
+    print("\n".join(row(comparison, medians, args.size) for comparison in comparisons))
 
 
 def machine() -> str:
