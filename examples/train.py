@@ -77,7 +77,6 @@ def main(args: list[str] | None = None) -> None:
     output_dir = training_args.output_dir
     trainer.train(resume_from_checkpoint=get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None)
     trainer.save_model()
-    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
