@@ -233,14 +233,14 @@ def stage_step_written_out(size: str, stage: int) -> Step:
     return step
 
 
-def scaled_kl(factor_positions: int, factor_vocabulary: int) -> Callable[[str], Step]:
-    """The fused KL with this many eighths of its positions, and quarters of its vocabulary."""
+def scaled_kl(positions: int, vocabulary: int) -> Callable[[str], Step]:
+    """The fused KL over twice the size's positions and a quarter of its vocabulary, times the two factors."""
 
     def case(size: str) -> Step:
         from modeling_vwlmm import linear_kl_div
 
         num_positions, hidden_size, vocab_size = LOSS_SIZES[size]
-        inputs = loss_inputs(num_positions // 8 * factor_positions, hidden_size, vocab_size // 4 * factor_vocabulary)
+        inputs = loss_inputs(2 * num_positions * positions, hidden_size, vocab_size // 4 * vocabulary)
         return lambda: backward(linear_kl_div(*inputs), *inputs[:2])
 
     return case
@@ -320,8 +320,9 @@ CASES: dict[str, Callable[[str], Step]] = {
     "stage 3 written out": lambda size: stage_step_written_out(size, 3),
     "packed": lambda size: mixed_step(size, True),
     "padded": lambda size: mixed_step(size, False),
-    "kl 1/8 positions": scaled_kl(1, 4),
-    "kl 1/4 vocabulary": scaled_kl(8, 1),
+    "scale": scaled_kl(1, 1),
+    "scale, positions": scaled_kl(8, 1),
+    "scale, vocabulary": scaled_kl(1, 4),
     "prefill": lambda size: generation_step(size, 1, True),
     "prefill llava": lambda size: generation_step(size, 1, False),
     "decode": lambda size: generation_step(size, 32, True),

@@ -23,9 +23,9 @@ from .kernels_vwlmm import triton
 
 
 # What the logits of one chunk may take, the teacher's beside the student's. Much smaller chunks make slow matrix
-# products, and on a GPU the head's gradient passes through memory once a chunk; larger ones gain nothing. At C = 32000
-# this is 131 image positions a chunk in fp32 on a CPU, 2097 in bf16 on a GPU.
-CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
+# products, and the head's gradient passes through memory once a chunk; larger ones gain nothing. At C = 32000 this is 393
+# image positions a chunk in fp32 on a CPU, and 2097 in bf16 on a GPU.
+CHUNK_BYTES = {"cpu": 96 * 2**20, "cuda": 256 * 2**20}
 # Softmax and divergence of a chunk run block by block on a CPU, so that their temporaries stay in its cache.
 CPU_BLOCK_BYTES = 2**20
 
