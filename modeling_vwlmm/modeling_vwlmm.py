@@ -128,8 +128,6 @@ class VWLMMModel(LlavaModel):
     def __init__(self, config: VWLMMConfig):
         super().__init__(config)
         self.vm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        # No stage trains it: frozen, it runs without a graph and keeps no activations.
-        self.vision_tower.requires_grad_(False)
         self.post_init()
 
     @can_return_tuple
@@ -155,6 +153,9 @@ class VWLMMModel(LlavaModel):
         Returns:
             [`VWLMMImageFeaturesOutput`], or a tuple with `return_dict=False`.
         """
+        if torch.is_grad_enabled():
+            # No stage trains it, and frozen it keeps no activations. Loading would forget what was frozen before.
+            self.vision_tower.requires_grad_(False)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not freeze_image_features):
             outputs = super().get_image_features(
                 pixel_values,
@@ -492,7 +493,7 @@ class VWLMMForConditionalGeneration(LlavaForConditionalGeneration):
         # Only what is new is made: everything else is built on no device, then put in place.
         with torch.device("meta"):
             model = cls(config)
-        model.model.vision_tower = vision_tower.requires_grad_(False)
+        model.model.vision_tower = vision_tower
         model.model.language_model = language_model
         model.lm_head = lm_head
         new_modules = [model.model.vm_head]
