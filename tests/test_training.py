@@ -223,7 +223,7 @@ class TestWhatTrains:
         changed = {name for name, value in weights(model).items() if not torch.equal(value, before[name])}
         assert changed == {name for name in before if name.startswith(TRAINS[stage])}
 
-    def test_the_vision_tower_never_trains_and_keeps_no_activations(self, processor, model, make_trainer, captions):
+    def test_the_vision_tower_never_trains_and_keeps_no_activations(self, model, make_trainer, captions):
         batch = make_trainer(1).data_collator([captions[0]])
         model.requires_grad_(True)  # as it comes from `from_pretrained`
         features = []
@@ -403,6 +403,12 @@ class TestPacking:
         ]
         assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
+    def test_what_would_not_be_packed_is_an_error(self, make_trainer, dataset):
+        with pytest.raises(
+            ValueError, match="`packing` is set, and batches come from a DataCollatorForLanguageModeling"
+        ):
+            make_trainer(2, dataset.select([1, 6]).remove_columns("images"), packing=True)
+
 
 class TestGrouping:
     @pytest.fixture
@@ -438,6 +444,22 @@ class TestGrouping:
         assert order(0) != order(1)
         assert order(0) != order(0, seed=1)
         assert order(0, seed=1) == order(0, data_seed=1)
+
+    def test_training_goes_through_another_order_each_epoch(self, make_trainer, mixed):
+        seen = []
+
+        class Recorder(VWLMMTrainer):
+            def compute_loss(self, model, inputs, *args, **kwargs):
+                seen.append(inputs["input_ids"].tolist())
+                return super().compute_loss(model, inputs, *args, **kwargs)
+
+        trainer = make_trainer(4, mixed, train_sampling_strategy="group_by_length", max_steps=-1, num_train_epochs=2)
+        trainer.__class__ = Recorder
+        trainer.train()
+        half = len(seen) // 2
+        assert seen[:half] != seen[half:]
+        samples = [sorted(row for batch in epoch for row in batch if row) for epoch in (seen[:half], seen[half:])]
+        assert len(samples[0]) == len(samples[1]) == len(mixed)
 
     def test_lengths_are_about_the_tokens(self, make_trainer, mixed):
         trainer = make_trainer(4)

@@ -161,6 +161,11 @@ class VWLMMTrainer(SFTTrainer):
                 self.data_collator.chat_template = (
                     args.chat_template if is_jinja else self.processing_class.get_chat_template(args.chat_template)
                 )
+        elif packing:
+            raise ValueError(
+                f"`packing` is set, and batches come from a {type(self.data_collator).__name__}, which does not pack. It "
+                "needs a dataset with an `images` column and no `data_collator` of your own; else leave it out."
+            )
         self._sums = {"train": Counter(), "eval": Counter()}
 
     def _check_processor(self) -> None:
@@ -213,7 +218,7 @@ class VWLMMTrainer(SFTTrainer):
             return super()._get_train_sampler(train_dataset)
         lengths, has_images = estimate_lengths(dataset, self._config.image_seq_length)
         if self.args.length_column_name in dataset.column_names:
-            lengths = dataset[self.args.length_column_name]
+            lengths = dataset[self.args.length_column_name][:]  # a list: a column would be read sample by sample
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return ModalityLengthGroupedSampler(self.args.global_batch_size, lengths, has_images, seed)
 
