@@ -211,22 +211,31 @@ def stage_step(size: str, stage: int) -> Step:
 
 
 def stage_step_written_out(size: str, stage: int) -> Step:
-    """Losses from the logits of both heads at all positions, as the authors' forward has them."""
+    """
+    Both heads and both losses over all positions, copied together as the authors' forward does it: at every position
+    the VM head meets what the decoder reads there, and logits and visual words are shifted before image positions are
+    picked. Where the authors' targets had gradients that nobody needs, these have none.
+    """
     model, batch = prepare_stage(size, stage)
+    is_image = batch["input_ids"] == model.config.image_token_id  # [B, L]
 
     def step():
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        output = model.model(**inputs, use_cache=False)
-        logits = model.lm_head(output.last_hidden_state).float()[:, :-1]  # [B, L - 1, C]
-        labels, is_image = batch["labels"][:, 1:], batch["input_ids"][:, 1:] == model.config.image_token_id
-        visual_words = model.model.vm_head(output.image_hidden_states).float()  # [I * N, C]
-        log_q = F.log_softmax(logits[is_image], dim=-1)
-        log_p = F.log_softmax(visual_words, dim=-1)
+        with torch.no_grad():
+            image_features = torch.cat(model.get_image_features(batch["pixel_values"]).pooler_output)  # [I * N, D]
+        inputs_embeds = model.get_input_embeddings()(batch["input_ids"].masked_fill(is_image, 0))
+        inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None], image_features)  # [B, L, D]
+        visual_words = model.model.vm_head(inputs_embeds.detach())  # [B, L, C]
+        decoder = model.model.language_model
+        output = decoder(inputs_embeds=inputs_embeds, attention_mask=batch["attention_mask"], use_cache=False)
+        logits = model.lm_head(output.last_hidden_state)  # [B, L, C]
+        labels = batch["labels"][:, 1:].flatten()
+        loss = F.cross_entropy(logits[:, :-1].contiguous().flatten(0, 1), labels, ignore_index=-100)
+        logits = logits[:, :-1].contiguous()[is_image[:, 1:]]  # [I * N, C]
+        visual_words = visual_words[:, 1:].contiguous()[is_image[:, 1:]]  # [I * N, C]
         if stage == 3:
-            loss = F.kl_div(log_p, log_q.detach(), log_target=True, reduction="batchmean")
+            loss = loss + F.kl_div(visual_words.log_softmax(-1), logits.detach().softmax(-1), reduction="batchmean")
         else:
-            loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
-            loss = loss + F.kl_div(log_q, log_p.detach(), log_target=True, reduction="batchmean")
+            loss = loss + F.kl_div(logits.log_softmax(-1), visual_words.detach().softmax(-1), reduction="batchmean")
         loss.backward()
         model.zero_grad()
 
@@ -234,13 +243,16 @@ def stage_step_written_out(size: str, stage: int) -> Step:
 
 
 def scaled_kl(positions: int, vocabulary: int) -> Callable[[str], Step]:
-    """The fused KL over twice the size's positions and a quarter of its vocabulary, times the two factors."""
+    """
+    The fused KL over 8 / 3 of the size's positions, half of its hidden size and a quarter of its vocabulary, times the
+    two factors: at full size, chunks fill their budget in all cases.
+    """
 
     def case(size: str) -> Step:
         from modeling_vwlmm import linear_kl_div
 
         num_positions, hidden_size, vocab_size = LOSS_SIZES[size]
-        inputs = loss_inputs(2 * num_positions * positions, hidden_size, vocab_size // 4 * vocabulary)
+        inputs = loss_inputs(8 * num_positions // 3 * positions, hidden_size // 2, vocab_size // 4 * vocabulary)
         return lambda: backward(linear_kl_div(*inputs), *inputs[:2])
 
     return case

@@ -7,19 +7,19 @@ Measures this implementation against its alternatives, side by side on one machi
     python benchmarks/run.py --size small           # a quick look
     python benchmarks/run.py --size 7b --only kl    # on a CUDA machine
 
-Every figure is a ratio of medians. All cases run in turn, round by round, each run in a process of its own. Memory is the
-peak that a step adds to its inputs: the operating system's peak resident set on a CPU, the allocator's peak on CUDA.
+Time is a ratio of medians: all cases run in turn, round by round, each run in a process of its own. Memory is the peak
+that a step adds to its inputs: the operating system's peak resident set on a CPU, the allocator's peak on CUDA.
 """
 
 import argparse
 import ctypes
-import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,29 +62,45 @@ CUDA_COMPARISONS = (
 )
 
 
-def measure(case: str, size: str) -> dict[str, float]:
-    """Seconds and added bytes of one step, after a first step that warms up."""
+def seconds_of_step(case: str, size: str) -> float:
+    """Seconds of one step, after a first that warms up."""
     import torch
     from cases import CASES
 
     step = CASES[case](size)
-    cuda = torch.cuda.is_available()
     step()
-    if cuda:
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    else:
-        ctypes.CDLL(None).malloc_trim(0)  # what the first step has freed is not there any more
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-        before = resident("VmRSS")
     start = time.perf_counter()
     step()
-    if cuda:
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    peak = torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")
-    return {"seconds": seconds, "bytes": peak - before}
+    return time.perf_counter() - start
+
+
+def bytes_of_step(case: str, size: str) -> int:
+    """Bytes that one step adds to what is resident before it, at its peak, after a first that warms up."""
+    # Memory of a freed tensor goes back to the operating system at once. Otherwise glibc keeps it for reuse, and the
+    # peak would count the holes between tensors. That makes steps slower: time is measured in a process of its own.
+    m_mmap_threshold = -3  # of malloc.h
+    ctypes.CDLL(None).mallopt(m_mmap_threshold, 2**17)
+    import torch
+    from cases import CASES
+
+    step = CASES[case](size)
+    step()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = resident("VmRSS")
+    step()
+    return resident("VmHWM") - before
+
+
+FIGURES = {"seconds": seconds_of_step, "bytes": bytes_of_step}
 
 
 def resident(field: str) -> int:
@@ -93,46 +109,44 @@ def resident(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def measure_in_turn(cases: list[str], size: str, runs: int) -> dict[str, dict[str, float]]:
-    """Medians of every case, over rounds in which each has a process of its own."""
-    results = {case: [] for case in cases}
-    with tqdm(total=runs * len(cases), unit="run") as progress:
-        for _ in range(runs):
-            for case in cases:
-                progress.set_description(case)
-                command = [sys.executable, __file__, "--size", size, "--case", case]
-                process = subprocess.run(command, capture_output=True, text=True)
-                if process.returncode:
-                    raise RuntimeError(f"The case {case!r} failed:\n{process.stderr[-2000:]}")
-                results[case].append(json.loads(process.stdout.splitlines()[-1]))
-                progress.update()
-    return {
-        case: {key: statistics.median(result[key] for result in measured) for key in ("seconds", "bytes")}
-        for case, measured in results.items()
-    }
+def measure_in_turn(comparisons: list[Comparison], size: str, runs: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Median seconds of every case, over rounds in which each has a process of its own, and bytes where they count."""
+    cases = dict.fromkeys(case for comparison in comparisons for case in (comparison.ours, comparison.other))
+    in_memory = dict.fromkeys(
+        case
+        for comparison in comparisons
+        if comparison.memory is not None or comparison.gradient is not None
+        for case in (comparison.ours, comparison.other)
+    )
+    turns = [(case, "seconds") for _ in range(runs) for case in cases] + [(case, "bytes") for case in in_memory]
+    results = {"seconds": defaultdict(list), "bytes": defaultdict(list)}
+    for case, figure in (progress := tqdm(turns, unit="run")):
+        progress.set_description(case)
+        command = [sys.executable, __file__, "--size", size, "--case", case, "--figure", figure]
+        process = subprocess.run(command, capture_output=True, text=True)
+        if process.returncode:
+            raise RuntimeError(f"The case {case!r} failed:\n{process.stderr[-2000:]}")
+        results[figure][case].append(float(process.stdout.splitlines()[-1]))
+    return tuple({case: statistics.median(values) for case, values in result.items()} for result in results.values())
 
 
-def row(comparison: Comparison, medians: dict[str, dict[str, float]], size: str) -> str:
-    ours, other = medians[comparison.ours], medians[comparison.other]
+def row(comparison: Comparison, seconds: dict[str, float], memory: dict[str, float], size: str) -> str:
+    ours, other = seconds[comparison.ours], seconds[comparison.other]
     cells = [
         comparison.name,
-        f"{ours['seconds']:.3f} s",
-        f"{other['seconds']:.3f} s",
-        f"{ours['seconds'] / other['seconds']:.2f} x",
+        f"{ours:.3f} s",
+        f"{other:.3f} s",
+        f"{ours / other:.2f} x",
         f"{comparison.time:.2f} x",
     ]
-    memory = comparison.memory
-    if comparison.gradient is not None:
-        memory = 1 + gradient_growth(size)[comparison.gradient] / other["bytes"]
-    if memory is None:
+    if comparison.memory is None and comparison.gradient is None:
         cells += [""] * 4
     else:
-        cells += [
-            f"{ours['bytes'] / 2**20:.0f} MiB",
-            f"{other['bytes'] / 2**20:.0f} MiB",
-            f"{ours['bytes'] / other['bytes']:.2f} x",
-            f"{memory:.2f} x",
-        ]
+        ours, other = memory[comparison.ours], memory[comparison.other]
+        bar = comparison.memory
+        if comparison.gradient is not None:
+            bar = 1 + gradient_growth(size)[comparison.gradient] / other
+        cells += [f"{ours / 2**20:.0f} MiB", f"{other / 2**20:.0f} MiB", f"{ours / other:.2f} x", f"{bar:.2f} x"]
     return "| " + " | ".join(cells) + " |"
 
 
@@ -141,7 +155,10 @@ def gradient_growth(size: str) -> dict[str, int]:
     from cases import LOSS_SIZES
 
     num_positions, hidden_size, vocab_size = LOSS_SIZES[size]
-    return {"hidden states": 7 * 2 * num_positions * hidden_size * 4, "head": 3 * vocab_size // 4 * hidden_size * 4}
+    return {
+        "hidden states": 7 * (8 * num_positions // 3) * hidden_size // 2 * 4,
+        "head": 3 * vocab_size // 4 * hidden_size // 2 * 4,
+    }
 
 
 def main() -> None:
@@ -149,19 +166,19 @@ def main() -> None:
     parser.add_argument("--size", choices=("small", "full", "7b"), default="full")
     parser.add_argument("--runs", type=int, default=3, help="runs of each side")
     parser.add_argument("--only", help="comparisons whose name contains this")
-    parser.add_argument("--case", help=argparse.SUPPRESS)  # what a process of its own measures
+    parser.add_argument("--case", help=argparse.SUPPRESS)  # what a process of its own measures,
+    parser.add_argument("--figure", choices=FIGURES, help=argparse.SUPPRESS)  # and which figure of it
     args = parser.parse_args()
     if args.case:
-        print(json.dumps(measure(args.case, args.size)))
+        print(FIGURES[args.figure](args.case, args.size))
         return
     comparisons = CUDA_COMPARISONS if args.size == "7b" else COMPARISONS
     comparisons = [comparison for comparison in comparisons if (args.only or "") in comparison.name]
-    cases = dict.fromkeys(case for comparison in comparisons for case in (comparison.ours, comparison.other))
-    medians = measure_in_turn(list(cases), args.size, args.runs)
+    seconds, memory = measure_in_turn(comparisons, args.size, args.runs)
     print(f"\n{machine()}; size {args.size}, medians of {args.runs} runs in turn\n")
     print("| comparison | ours | other | time | bar | ours | other | memory | bar |")
     print("|---|---|---|---|---|---|---|---|---|")
-    print("\n".join(row(comparison, medians, args.size) for comparison in comparisons))
+    print("\n".join(row(comparison, seconds, memory, args.size) for comparison in comparisons))
 
 
 def machine() -> str:
