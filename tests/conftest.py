@@ -16,7 +16,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import logging
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    Gemma3TextConfig,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen3Config,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    logging,
+)
 
 
 if not torch.cuda.is_available():
@@ -72,6 +88,50 @@ def make_conversation(*turns: tuple[int, str, str]) -> list[dict]:
         messages.append({"role": "user", "content": content})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return messages
+
+
+def tiny_vision(kind: str):
+    """A random vision tower: images of 28 x 28 pixels, 16 patches."""
+    size = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "image_size": 28,
+        "patch_size": 7,
+    }
+    if kind == "clip":
+        return CLIPVisionModel(CLIPVisionConfig(**size))
+    if kind == "siglip":
+        return SiglipVisionModel(SiglipVisionConfig(**size))
+    if kind == "dinov2":
+        del size["intermediate_size"]
+        return Dinov2Model(Dinov2Config(**size, mlp_ratio=2))
+    text = {**size, "vocab_size": 60}
+    del text["image_size"], text["patch_size"]
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=size, projection_dim=16))
+
+
+def tiny_text(kind: str, vocab_size: int = 100):
+    """A random decoder with its head. Gemma's and Qwen3's small checkpoints tie the head to the embeddings."""
+    size = {
+        "vocab_size": vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+    }
+    configs = {
+        "llama": lambda: LlamaConfig(**size),
+        "llama_tied": lambda: LlamaConfig(**size, tie_word_embeddings=True),
+        "mistral": lambda: MistralConfig(**size),
+        "qwen3": lambda: Qwen3Config(**size, head_dim=16, tie_word_embeddings=True),
+        "gemma": lambda: GemmaConfig(**size, head_dim=8),
+        "gemma3": lambda: Gemma3TextConfig(**size, head_dim=8, sliding_window=16),
+    }
+    return AutoModelForCausalLM.from_config(configs[kind]())
 
 
 @pytest.fixture(scope="session")

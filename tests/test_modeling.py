@@ -8,22 +8,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GOLDEN, make_conversation, make_image
+from conftest import GOLDEN, make_conversation, make_image, tiny_text, tiny_vision
 from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import (
     AutoModelForCausalLM,
-    CLIPConfig,
     CLIPModel,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    GemmaConfig,
     GPT2Config,
-    LlamaConfig,
-    MistralConfig,
-    Qwen2Config,
-    SiglipVisionConfig,
     SiglipVisionModel,
 )
 
@@ -578,51 +570,15 @@ class TestGenerate:
             assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
-def tiny_vision(kind: str):
-    size = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "image_size": 28,
-        "patch_size": 7,
-    }
-    if kind == "clip":
-        return CLIPVisionModel(CLIPVisionConfig(**size))
-    if kind == "siglip":
-        return SiglipVisionModel(SiglipVisionConfig(**size))
-    text = {**size, "vocab_size": 60}
-    del text["image_size"], text["patch_size"]
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=size, projection_dim=16))
-
-
-def tiny_text(kind: str):
-    size = {
-        "vocab_size": 100,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-    }
-    configs = {
-        "llama": lambda: LlamaConfig(**size),
-        "mistral": lambda: MistralConfig(**size),
-        "qwen2_tied": lambda: Qwen2Config(**size, tie_word_embeddings=True),
-        "gemma_tied": lambda: GemmaConfig(**size, head_dim=8),
-    }
-    return AutoModelForCausalLM.from_config(configs[kind]())
-
-
 class TestFromVisionTextPretrained:
     PAIRS = [
         ("clip", "llama"),
         ("whole_clip", "llama"),
         ("siglip", "llama"),
+        ("dinov2", "llama"),
         ("clip", "mistral"),
-        ("siglip", "qwen2_tied"),
-        ("clip", "gemma_tied"),
+        ("siglip", "qwen3"),
+        ("clip", "gemma"),
     ]
 
     @pytest.fixture(params=PAIRS, ids="-".join)
