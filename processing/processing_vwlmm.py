@@ -59,9 +59,11 @@ class VWLMMProcessor(LlavaProcessor):
 
         Args:
             vision (`str`, `os.PathLike` or `PreTrainedModel`):
-                Name or path of a CLIP- or SigLIP-like vision tower with its `preprocessor_config.json`, or the loaded
-                model (its image processor is then read from `name_or_path`). A tower whose model type starts with
+                Name or path of a CLIP-, SigLIP- or DINOv2-like vision tower with its `preprocessor_config.json`, or the
+                loaded model (its image processor is then read from `name_or_path`). A tower whose model type starts with
                 `siglip` has no class token; every other is taken to have one, which is dropped from the features.
+                Where the tower's own processor keeps but the middle of an image, as DINOv2's does, the whole image is
+                resized to the tower's `image_size` instead.
             text (`str`, `os.PathLike` or `PreTrainedTokenizerBase`):
                 Name or path of the LLM, or its tokenizer. A Llama tokenizer that comes from a `tokenizer.model`
                 tokenizes as the authors' code did, `legacy` flag included; every other is kept as it is.
@@ -209,9 +211,12 @@ def _load_image_processor(vision):
     # `crop_size` is where LLaVA's processor looks up the size of its output, even if nothing is left to crop.
     crops = settings.get("do_center_crop") or False
     crop_size = settings["crop_size"] if crops else settings["size"]
+    expected = {"height": config.image_size, "width": config.image_size}
+    if min(crop_size.values()) < min(settings["size"].values()):
+        # A classifier's transform, and most often for smaller images. What is asked here may be about the edge.
+        settings["size"] = crop_size = expected
     if set(crop_size) == {"shortest_edge"}:  # of a square, that is the height and the width
         crop_size = {"height": crop_size["shortest_edge"], "width": crop_size["shortest_edge"]}
-    expected = {"height": config.image_size, "width": config.image_size}
     if crop_size != expected:
         raise ValueError(
             f"The image processor of {source} makes images of {crop_size}, but the vision tower expects {expected}. "
