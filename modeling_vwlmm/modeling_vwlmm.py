@@ -171,18 +171,19 @@ class VWLMMModel(LlavaModel):
                 visual_words = self._visual_word_distribution(torch.cat(tuple(image_features)))  # [I * N, C]
         if self.config.use_pseudo_image_features:
             # Outside, because the token embeddings belong to the decoder: they learn where it does.
-            embeddings = self._vocabulary_embeddings()  # [C, D]
-            pseudo_image_features = visual_words.to(embeddings.dtype) @ embeddings  # [I * N, D]
+            embeddings = self._vocabulary_embeddings(visual_words.device)  # [C, D]
+            pseudo_image_features = visual_words.to(embeddings) @ embeddings  # [I * N, D]
             outputs.pooler_output = pseudo_image_features.split([len(features) for features in image_features])
         return VWLMMImageFeaturesOutput(**outputs, image_features=image_features)
 
     def _visual_word_distribution(self, image_features: torch.Tensor) -> torch.Tensor:
         return self.vm_head(image_features).softmax(dim=-1, dtype=torch.float32)  # [N, C], P'
 
-    def _vocabulary_embeddings(self) -> torch.Tensor:
-        # Looked up, not read from the weight: that is whole only inside the module's own call where it is sharded, and
-        # serving engines pad it, while only its first C rows are tokens.
-        token_ids = torch.arange(self.config.text_config.vocab_size, device=self.vm_head.weight.device)
+    def _vocabulary_embeddings(self, device: torch.device) -> torch.Tensor:
+        # Looked up, not read from the weight: some decoders scale what they look up (Gemma), the weight is whole only
+        # inside the module's own call where it is sharded or offloaded, and serving engines pad it, while only its first
+        # C rows are tokens.
+        token_ids = torch.arange(self.config.text_config.vocab_size, device=device)
         return self.get_input_embeddings()(token_ids)  # [C, D]
 
     def _embed_tokens(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -236,7 +237,7 @@ class VWLMMModel(LlavaModel):
         if input_ids is not None:
             is_image = input_ids == image_token_id  # [B, L]
         elif image_token_id < self.config.text_config.vocab_size:
-            placeholder = self.get_input_embeddings().weight[image_token_id]  # [D]
+            placeholder = self.get_input_embeddings()(torch.tensor(image_token_id, device=inputs_embeds.device))  # [D]
             is_image = (inputs_embeds == placeholder).all(dim=-1)  # [B, L]
         else:
             raise ValueError(
@@ -366,10 +367,13 @@ class VWLMMModel(LlavaModel):
         Returns:
             `torch.LongTensor` of shape `[I, N]`.
         """
-        directions = F.normalize(self._vocabulary_embeddings().float(), dim=-1)  # [C, D]
         image_features = self.get_image_features(pixel_values).image_features  # I x [N, D]
+        embeddings = self._vocabulary_embeddings(image_features[0].device)  # [C, D]
+        directions = F.normalize(embeddings.float(), dim=-1)  # [C, D]
         # The length of x_n does not move the argmax over j of cos(x_n, E_j).
-        return torch.stack([(features.float() @ directions.T).argmax(dim=-1) for features in image_features])
+        return torch.stack(
+            [(features.to(directions) @ directions.T).argmax(dim=-1) for features in image_features]
+        )  # [I, N]
 
 
 class VWLMMForConditionalGeneration(LlavaForConditionalGeneration):
@@ -689,6 +693,11 @@ class VWLMMForConditionalGeneration(LlavaForConditionalGeneration):
             image_scale = visual_loss_weight / _count(num_image_items_in_batch, output.num_image_positions)
 
         mm_head, vm_head = self.lm_head.weight, self.model.vm_head.weight  # [C, D]
+        if (mm_head.is_meta or vm_head.is_meta) and not hidden_states.is_meta:
+            raise ValueError(
+                "The heads' weights are offloaded, and this loss reads them. Load the model with a `device_map` that "
+                "keeps `lm_head` and `model.vm_head` on a device."
+            )
         with _gathered(mm_head, vm_head):
             if visual_objective == "vm_head":
                 losses = linear_loss(image_features, vm_head, targets, image_hidden, mm_head, image_scale=image_scale)
