@@ -86,7 +86,8 @@ class VWLMMTrainer(SFTTrainer):
 
     Raises:
         TypeError: If `model` is no VW-LMM, or `args` no [`VWLMMTrainingArguments`].
-        ValueError: If model and processor disagree on the image placeholder, or `max_length` would cut image tokens.
+        ValueError: If model and processor disagree on the image placeholder, `max_length` would cut image tokens, or
+            Transformers (not PEFT) has attached an adapter to the model.
         FloatingPointError: While training, if a loss is NaN or infinite.
 
     Example:
@@ -127,6 +128,12 @@ class VWLMMTrainer(SFTTrainer):
         base_model = model.get_base_model() if is_peft_model(model) else model
         if not isinstance(base_model, VWLMMForConditionalGeneration):
             raise TypeError(f"`model` is a {type(base_model).__name__}; expected VWLMMForConditionalGeneration.")
+        if base_model._hf_peft_config_loaded:
+            raise ValueError(
+                "`model` has a PEFT adapter attached by Transformers: saving it would write that adapter alone, and lose "
+                "what this stage trains. Merge it first, `PeftModel.from_pretrained(base_model, "
+                "adapter).merge_and_unload()`, or pass the `PeftModel` to go on training the adapter."
+            )
         check_options(args, kwargs, uses_peft=is_peft_model(model) or peft_config is not None)
         warn_about_untrained_modules(base_model, args)
         if not is_peft_model(model) and peft_config is None:

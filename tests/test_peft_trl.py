@@ -1,0 +1,385 @@
+# Copyright 2026 The VW-LMM authors.
+# SPDX-License-Identifier: Apache-2.0
+"""PEFT's adapters in stages II and IV, TRL's own trainers on the model, and recipes under `accelerate launch`."""
+
+import ast
+import copy
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from accelerate.commands.launch import launch_command, launch_command_parser
+from conftest import make_image
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from transformers import AutoModelForImageTextToText
+from trl import DPOConfig, DPOTrainer, ModelConfig, SFTConfig, SFTTrainer, TrlParser
+
+from modeling_vwlmm import VWLMMForConditionalGeneration, VWLMMTrainer, VWLMMTrainingArguments
+
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+DECODER = r"model\.language_model\..*_proj"  # the decoder's matrices, and no other module's of the same name
+SETTINGS = {
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "max_steps": 2,
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+}
+METHODS = {"lora": LoraConfig(target_modules=DECODER), "dora": LoraConfig(target_modules=DECODER, use_dora=True)}
+
+
+@pytest.fixture
+def make_trainer(vicuna, processor, dataset, tmp_path):
+    """Makes a trainer of a stage, with an adapter or without, by default on weights that no stage has trained."""
+
+    def make(stage, peft_config=None, model=None, **kwargs):
+        if model is None:
+            model = VWLMMForConditionalGeneration.from_pretrained(vicuna, trained_stages=list(range(1, stage)))
+        return VWLMMTrainer(
+            model=model,
+            args=VWLMMTrainingArguments(str(tmp_path / "run"), stage=stage, **{**SETTINGS, **kwargs}),
+            train_dataset=dataset,
+            processing_class=copy.deepcopy(processor),
+            peft_config=copy.deepcopy(peft_config),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def small_world(tmp_path_factory) -> Path:
+    """Eight captions and eight conversations of the small world, and their images."""
+    folder = tmp_path_factory.mktemp("small_world") / "data"
+    load_example("small_world").write_llava_dataset(folder, num_captions=8, num_conversations=8, num_held_out=0)
+    return folder
+
+
+def load_example(name: str):
+    """A script of `examples/` as a module."""
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def changed(model, before: dict[str, torch.Tensor]) -> set[str]:
+    return {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+
+
+def logs(trainer) -> list[dict]:
+    """The logged steps, without the summary of the run."""
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+@torch.no_grad()
+def outputs(model, batch) -> dict[str, torch.Tensor]:
+    """Logits, both losses and a greedy answer."""
+    model.eval()
+    output = model(**batch, visual_objective="visual_words", logits_to_keep=0)
+    prompt = {name: batch[name][:1] for name in ("input_ids", "attention_mask", "pixel_values")}
+    return {
+        "logits": output.logits,
+        "language_loss": output.language_loss,
+        "visual_loss": output.visual_loss,
+        "answer": model.generate(**prompt, max_new_tokens=4, do_sample=False),
+    }
+
+
+class TestAdapters:
+    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("stage", [2, 4])
+    def test_only_the_adapters_train(self, make_trainer, stage, method):
+        trainer = make_trainer(stage, METHODS[method])
+        before = weights(trainer.model)
+        trainer.train()
+        adapters = {name for name in before if "lora_" in name}
+        assert changed(trainer.model, before) == adapters
+        assert all("model.language_model." in name for name in adapters)
+        assert any("magnitude" in name for name in adapters) == (method == "dora")
+        first, last = logs(trainer)
+        assert ("visual_loss" in first) == (stage == 4)
+        assert first["loss"] == pytest.approx(first["language_loss"] + first.get("visual_loss", 0))
+        assert last["language_loss"] < first["language_loss"]
+
+    @pytest.mark.parametrize(("stage", "modules"), [(2, ["lm_head", "multi_modal_projector"]), (4, ["lm_head"])])
+    def test_modules_to_save_train_too(self, make_trainer, stage, modules):
+        trainer = make_trainer(stage, LoraConfig(target_modules=DECODER, modules_to_save=modules))
+        before = weights(trainer.model)
+        trainer.train()
+        trained = {name for name in before if "lora_" in name or "modules_to_save" in name}
+        assert changed(trainer.model, before) == trained
+        assert all(any(f"{module}.modules_to_save" in name for name in trained) for module in modules)
+
+    @pytest.mark.parametrize("stage", [2, 4])
+    @pytest.mark.parametrize("target_modules", [["q_proj", "v_proj"], "all-linear"], ids=str)
+    def test_what_the_stage_does_not_train_stays_where_names_match_it(self, make_trainer, stage, target_modules):
+        """The vision tower has a `q_proj` as well, and the VM head is a linear layer."""
+        trainer = make_trainer(stage, LoraConfig(target_modules=target_modules))
+        before = weights(trainer.model)
+        assert any("vision_tower" in name and "lora_" in name for name in before)
+        trainer.train()
+        trains = ["model.language_model."] + ["model.multi_modal_projector."] * (stage == 2)
+        assert changed(trainer.model, before) == {
+            name for name in before if "lora_" in name and any(module in name for module in trains)
+        }
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_gradient_checkpointing_makes_the_same_steps(self, make_trainer, method):
+        """TRL's default, which lets the embeddings ask for gradients."""
+        plain, checkpointed = (make_trainer(4, METHODS[method], gradient_checkpointing=c) for c in (False, True))
+        for trainer in (plain, checkpointed):
+            trainer.train()
+        assert_close(weights(checkpointed.model), weights(plain.model))
+
+    def test_adapter_on_the_mm_head_is_an_error(self, make_trainer):
+        """The losses read the head's weight, and would not see the adapter."""
+        with pytest.raises(ValueError, match="`lm_head`"):
+            make_trainer(4, LoraConfig(target_modules=["q_proj", "lm_head"]))
+
+
+class TestSavedAdapters:
+    @pytest.fixture(params=[*METHODS, "modules_to_save"])
+    def peft_config(self, request) -> LoraConfig:
+        modules_to_save = LoraConfig(target_modules=DECODER, modules_to_save=["lm_head", "embed_tokens"])
+        return METHODS.get(request.param, modules_to_save)
+
+    @pytest.mark.parametrize("stage", [2, 4])
+    def test_reloaded_and_merged(self, make_trainer, vicuna, dataset, tmp_path, peft_config, stage):
+        trainer = make_trainer(stage, peft_config)
+        batch = trainer.data_collator([dataset[i] for i in (0, 2, 5)])
+        untrained = outputs(trainer.model, batch)
+        trainer.train()
+        trained = outputs(trainer.model, batch)
+        assert (trained["logits"] - untrained["logits"]).abs().max() > 0.1
+        trainer.save_model(tmp_path / "adapter")
+        assert not (tmp_path / "adapter" / "model.safetensors").exists()
+
+        base = VWLMMForConditionalGeneration.from_pretrained(vicuna)
+        reloaded = PeftModel.from_pretrained(base, tmp_path / "adapter")
+        assert_close(outputs(reloaded, batch), trained, atol=0, rtol=0)
+
+        merged = reloaded.merge_and_unload()
+        assert isinstance(merged, VWLMMForConditionalGeneration)
+        merged_outputs = outputs(merged, batch)
+        assert_close(merged_outputs, trained, atol=1e-5, rtol=0)
+        merged.save_pretrained(tmp_path / "merged")
+        again, loading = VWLMMForConditionalGeneration.from_pretrained(tmp_path / "merged", output_loading_info=True)
+        assert not any(loading.values())
+        assert_close(outputs(again, batch), merged_outputs, atol=0, rtol=0)
+
+    def test_merged_in_the_run_that_trained_it(self, make_trainer, processor, tmp_path):
+        """The checkpoint is an ordinary one: it names its stages, and the next stage starts from it."""
+        trainer = make_trainer(2, METHODS["lora"])
+        trainer.train()
+        trainer.model.merge_and_unload().save_pretrained(tmp_path / "merged")
+        merged = VWLMMForConditionalGeneration.from_pretrained(tmp_path / "merged")
+        assert merged.config.trained_stages == [1, 2]
+        following = make_trainer(3, model=merged, chat_template="vicuna_v1")
+        before = weights(merged)
+        following.train()
+        assert changed(merged, before) == {"model.vm_head.weight"}
+        following.save_model(tmp_path / "stage3")
+        assert json.loads((tmp_path / "stage3" / "config.json").read_text())["trained_stages"] == [1, 2, 3]
+
+    def test_training_goes_on_where_an_adapter_stopped(self, make_trainer, vicuna, tmp_path):
+        trainer = make_trainer(4, METHODS["lora"])
+        trainer.train()
+        trainer.save_model(tmp_path / "adapter")
+        base = VWLMMForConditionalGeneration.from_pretrained(vicuna)
+        trainer = make_trainer(4, model=PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True))
+        before = weights(trainer.model)
+        trainer.train()
+        assert changed(trainer.model, before) == {name for name in before if "lora_" in name}
+
+    @pytest.mark.parametrize("load", [VWLMMForConditionalGeneration, AutoModelForImageTextToText])
+    def test_transformers_loads_the_folder_of_an_adapter(self, make_trainer, dataset, tmp_path, load):
+        trainer = make_trainer(4, METHODS["lora"])
+        trainer.train()
+        trainer.save_model(tmp_path / "adapter")
+        batch = trainer.data_collator([dataset[0]])
+        loaded = load.from_pretrained(tmp_path / "adapter")
+        assert_close(outputs(loaded, batch), outputs(trainer.model, batch), atol=0, rtol=0)
+
+    @pytest.mark.parametrize("stage", [2, 3])
+    def test_training_beside_an_attached_adapter_is_an_error(self, make_trainer, tmp_path, stage):
+        """Saving such a model writes the adapter alone: what the stage has trained would be lost."""
+        make_trainer(2, METHODS["lora"]).save_model(tmp_path / "adapter")
+        with pytest.raises(ValueError, match="adapter.*merge_and_unload"):
+            make_trainer(stage, model=str(tmp_path / "adapter"))
+
+
+class TestTRLTrainers:
+    @pytest.fixture(scope="class")
+    def preferences(self) -> datasets.Dataset:
+        """Four questions with a better and a worse answer: one image, none, two, one."""
+
+        def message(role, text):
+            return [{"role": role, "content": text}]
+
+        rows = [
+            ("What is the color of the circle?", "Red.", "A blue square and a dog.", 1),
+            ("How many people?", "Two people.", "Red.", 0),
+            ("What is left?", "A red circle.", "Me.", 2),
+            ("Describe the image.", "A dog.", "No.", 1),
+        ]
+        return datasets.Dataset.from_list(
+            [
+                {
+                    "images": [make_image(10 * i + j) for j in range(num_images)],
+                    "prompt": message("user", question),
+                    "chosen": message("assistant", chosen),
+                    "rejected": message("assistant", rejected),
+                }
+                for i, (question, chosen, rejected, num_images) in enumerate(rows)
+            ]
+        ).cast_column("images", datasets.List(datasets.Image()))
+
+    @pytest.fixture
+    def make_dpo_trainer(self, model, processor, preferences, tmp_path):
+        def make(peft_config=None, **kwargs):
+            settings = {**SETTINGS, "gradient_accumulation_steps": 1, "max_steps": 4, "max_length": None, **kwargs}
+            return DPOTrainer(
+                model=model,
+                args=DPOConfig(str(tmp_path / "dpo"), **settings),
+                train_dataset=preferences,
+                processing_class=copy.deepcopy(processor),
+                peft_config=copy.deepcopy(peft_config),
+            )
+
+        return make
+
+    @pytest.mark.parametrize("gradient_checkpointing", [False, True])
+    def test_dpo_prefers_what_was_chosen(self, make_dpo_trainer, model, gradient_checkpointing):
+        trainer = make_dpo_trainer(learning_rate=1e-3, gradient_checkpointing=gradient_checkpointing)
+        before = weights(model)
+        trainer.train()
+        first, *_, last = logs(trainer)
+        assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)  # the policy is the reference
+        assert last["rewards/margins"] > 0 and last["loss"] < first["loss"]
+        trained = {name.split(".")[1] for name in changed(model, before)}
+        assert trained == {"language_model", "multi_modal_projector", "weight"}  # the last one is the MM head's
+
+    def test_dpo_with_lora(self, make_dpo_trainer):
+        trainer = make_dpo_trainer(METHODS["lora"])
+        before = weights(trainer.model)
+        trainer.train()
+        assert logs(trainer)[-1]["rewards/margins"] > 0
+        assert changed(trainer.model, before) == {name for name in before if "lora_" in name}
+
+    def test_dpo_scores_answers_as_the_model_does(self, make_dpo_trainer, model, preferences):
+        trainer = make_dpo_trainer()
+        model.eval()
+        batch = trainer.data_collator([preferences[0], preferences[3]])
+        chosen, rejected = trainer.compute_ref_log_probs(model, batch)
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+        with torch.no_grad():
+            log_q = model(**inputs).logits[:, :-1].log_softmax(-1)  # [4, L - 1, C]
+        answers = batch["completion_mask"][:, 1:].bool()  # [4, L - 1]
+        ids = batch["input_ids"][:, 1:].masked_fill(~answers, 0)
+        expected = (log_q.gather(-1, ids[..., None])[..., 0] * answers).sum(dim=1)  # [4]
+        assert_close(torch.cat([chosen, rejected]), expected, atol=1e-4, rtol=1e-5)
+
+        batch["pixel_values"] = batch["pixel_values"].flip(0)
+        others = torch.cat(trainer.compute_ref_log_probs(model, batch))
+        assert ((others - expected).abs() > 1e-3).all()
+
+    def test_sft_trainer_takes_the_step_of_stage_2(self, make_trainer, model, processor, dataset, tmp_path):
+        args = SFTConfig(str(tmp_path / "sft"), assistant_only_loss=True, max_length=None, **SETTINGS)
+        trainer = SFTTrainer(model=model, args=args, train_dataset=dataset, processing_class=copy.deepcopy(processor))
+        trainer.train()
+        ours = make_trainer(2)
+        ours.train()
+        for entry, other in zip(logs(trainer), logs(ours), strict=True):
+            assert entry["loss"] == pytest.approx(other["language_loss"], rel=1e-5)
+        assert_close(weights(model), weights(ours.model), atol=1e-4, rtol=1e-4)
+
+
+class TestRecipes:
+    @pytest.mark.parametrize("world", ["small_world", "vicuna_7b"])
+    def test_recipes_parse_and_follow_each_other(self, world):
+        script_arguments = load_example("train").ScriptArguments
+        previous = None
+        for stage in (1, 2, 3, 4):
+            parser = TrlParser((script_arguments, VWLMMTrainingArguments, ModelConfig))
+            recipe = ["--config", str(EXAMPLES / "recipes" / world / f"stage{stage}.yaml")]
+            script, training, model = parser.parse_args_and_config(
+                [*recipe, "--use_cpu", "true", "--bf16", "false", "--tf32", "false"]
+            )
+            assert training.stage == stage
+            assert model.model_name_or_path == previous
+            assert (script.vision_tower is None, script.language_model is None) == (stage > 1, stage > 1)
+            previous = training.output_dir
+
+    def test_accelerate_launches_the_four_stages(self, small_world, tmp_path, monkeypatch, capfd):
+        monkeypatch.chdir(ROOT)  # a recipe names the pretrained parts from here
+        for stage in (1, 2, 3, 4):
+            data = small_world / ("captions.json" if stage in (1, 3) else "instructions.json")
+            overrides = {"json_file": data, "image_folder": small_world / "images"}
+            overrides |= {"output_dir": tmp_path / f"stage{stage}", "max_steps": 2, "logging_steps": 1}
+            overrides |= {"global_batch_size": 4, "per_device_train_batch_size": 2, "dataloader_num_workers": 0}
+            overrides |= {"disable_tqdm": True}
+            if stage > 1:
+                overrides["model_name_or_path"] = tmp_path / f"stage{stage - 1}"
+            command = ["--cpu", "--num_processes=1", "--num_machines=1", "--mixed_precision=no", "examples/train.py"]
+            command += ["--config", f"examples/recipes/small_world/stage{stage}.yaml"]
+            command += [f"--{name}={value}" for name, value in overrides.items()]
+            launch_command(launch_command_parser().parse_args(command))
+            lines = capfd.readouterr().out.splitlines()
+            entries = [ast.literal_eval(line) for line in lines if line.startswith("{'loss'")]
+            assert len(entries) == 2
+            for entry in entries:
+                losses = {name for name in ("language_loss", "visual_loss") if name in entry}
+                assert losses == ({"visual_loss"} if stage == 3 else {"language_loss"}) | (
+                    {"visual_loss"} if stage == 4 else set()
+                )
+                assert math.isfinite(float(entry["loss"]))
+            # The recipe's, which is not the stage's default. Warm-up is over after the first step.
+            assert float(entries[1]["learning_rate"]) == {1: 2e-3, 2: 1e-3, 3: 1e-3, 4: 5e-4}[stage]
+
+        folders = [tmp_path / f"stage{stage}" for stage in (1, 2, 3, 4)]
+        stages = [json.loads((folder / "config.json").read_text())["trained_stages"] for folder in folders]
+        assert stages == [[1], [1, 2], [1, 2, 3], [1, 2, 3, 4]]
+        # Each went on from the weights of the one before: what it does not train is bit for bit there.
+        tensors = [load_file(folder / "model.safetensors") for folder in folders]
+        for stage, before, after in zip((2, 3, 4), tensors, tensors[1:], strict=False):
+            kept = {name for name in after if torch.equal(after[name], before[name])}
+            modules = {name.removeprefix("model.").split(".")[0] for name in after.keys() - kept}
+            assert (
+                modules
+                == {
+                    2: {"language_model", "lm_head", "multi_modal_projector"},
+                    3: {"vm_head"},
+                    4: {"language_model", "lm_head"},
+                }[stage]
+            )
+
+    def test_dora_from_the_command_line(self, vicuna, small_world, tmp_path):
+        options = {"stage": 4, "model_name_or_path": vicuna, "json_file": small_world / "instructions.json"}
+        options |= {"image_folder": small_world / "images", "output_dir": tmp_path / "adapter"}
+        options |= {"use_peft": True, "use_dora": True, "lora_target_modules": DECODER, **SETTINGS}
+        load_example("train").main([str(part) for name, value in options.items() for part in (f"--{name}", value)])
+        config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+        assert config["use_dora"] and config["target_modules"] == DECODER
+        tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+        assert tensors and all("language_model" in name and "lora_" in name for name in tensors)
