@@ -17,6 +17,8 @@ Rules that all three share:
 # A Unicode noncharacter: reserved for use inside a program, so it never occurs in real text.
 LITERAL_MARK = "\ufdd0"
 
+# `turns` is set in two steps, for vLLM reads from the template whether messages are lists of parts or strings: it follows
+# `messages` through plain assignments and slices to the loop over a message's parts, but not through an inline `if`.
 _CONTENT = r"""
 {%- macro content_of(message) -%}
     {%- if message['content'] is string -%}
@@ -36,7 +38,10 @@ _CONTENT = r"""
     {%- endif -%}
 {%- endmacro -%}
 {%- set system = messages[0] if messages[0]['role'] == 'system' -%}
-{%- set turns = messages[1:] if system else messages -%}
+{%- set turns = messages -%}
+{%- if system -%}
+    {%- set turns = messages[1:] -%}
+{%- endif -%}
 {%- for message in turns -%}
     {%- set expected = ['user', 'assistant'][loop.index0 % 2] -%}
     {%- if message['role'] != expected -%}
