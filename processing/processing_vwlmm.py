@@ -177,6 +177,9 @@ class VWLMMProcessor(LlavaProcessor):
         # them to every call once it is loaded.
         self.tokenizer.backend_tokenizer.no_truncation()
         self.tokenizer.backend_tokenizer.no_padding()
+        # How it was loaded is no property of the tokenizer, and would change the file from one machine to the next.
+        for name in ("is_local", "local_files_only"):
+            self.tokenizer.init_kwargs.pop(name, None)
         return super().save_pretrained(save_directory, **kwargs)
 
     def _check_special_mm_tokens(self, text, text_inputs, modalities):

@@ -4,11 +4,13 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import pyarrow.compute as pc
 import torch
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
@@ -17,6 +19,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from ..modeling_vwlmm import VWLMMForConditionalGeneration, get_supervised_image_positions
 from .arguments import VWLMMTrainingArguments
+from .model_card import TAGS, is_hub_id, make_model_card, read_training_procedure
 from .sampling import ModalityLengthGroupedSampler, estimate_lengths
 from .stages import STAGES
 
@@ -103,7 +106,8 @@ class VWLMMTrainer(SFTTrainer):
     """
 
     _name = "VW-LMM"
-    _tag_names = ["vwlmm", "trl", "sft"]
+    _tag_names = [*TAGS, "trl", "sft"]
+    _paper = {"title": "Multi-modal Auto-regressive Modeling via Visual Words", "id": "2403.07720"}
     # Losses are divided by the positions of the whole optimiser step, so accumulation must not divide them again.
     loss_is_scaled_for_ga = True
 
@@ -303,6 +307,43 @@ class VWLMMTrainer(SFTTrainer):
             if name != "positions":
                 logs[prefix + name] = total
         super().log(logs, start_time)
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
+        **metadata,
+    ) -> None:
+        """
+        Writes the model card, `README.md` in the output folder.
+
+        Args:
+            model_name, dataset_name, tags (*optional*): As in TRL. `dataset_name` takes ids on the Hub.
+            metadata: What else [`make_model_card`] takes, such as `license`, `base_model` and `eval_results`.
+                `push_to_hub` passes them on.
+        """
+        if not self.is_world_process_zero():
+            return
+        # TRL's card describes a language model. What it knows of this run stays: tags, versions, links to trackers.
+        super().create_model_card(model_name=model_name, tags=tags)
+        file = Path(self.args.output_dir, "README.md")
+        draft = ModelCard.load(file)
+        if is_peft_model(self.model):
+            # The folder holds an adapter, which was made from a VW-LMM and not from an LLM and a vision tower.
+            metadata = {
+                "library_name": "peft",
+                "base_model": [name] if is_hub_id(name := self._config.name_or_path) else [],
+                **metadata,
+            }
+        make_model_card(
+            self._config,
+            self.hub_model_id or model_name or Path(self.args.output_dir).name,
+            training_procedure=read_training_procedure(draft),
+            tags=sorted(draft.data.tags),
+            datasets=dataset_name,
+            **metadata,
+        ).save(file)
 
 
 # What each logged mean is a mean over.

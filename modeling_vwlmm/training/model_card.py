@@ -1,0 +1,252 @@
+# Copyright 2026 The VW-LMM authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The model card of a checkpoint: `README.md`, with the metadata that the Hub reads."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from ..configuration_vwlmm import VWLMMConfig
+from .stages import ADAPTER, DECODER, MM_HEAD, STAGES, VM_HEAD
+
+
+TASK = "image-text-to-text"
+TAGS = ["vw-lmm", "visual-words"]
+ROMAN = ("", "I", "II", "III", "IV")
+MODULES = {ADAPTER: "adapter", DECODER: "decoder", MM_HEAD: "MM head", VM_HEAD: "VM head"}
+
+TRAINING_HEADING = "## Training procedure"  # as in TRL's cards
+# Transformers' cards have such a comment, too: a card without it is no draft any more.
+DRAFT = "<!-- Written automatically. Proofread and complete this card, then remove this comment: it will keep your text. -->"
+TEMPLATE = (
+    "---\n{{ card_data }}\n---\n\n"
+    + DRAFT
+    + """
+
+# {{ name }}
+
+A vision-language model by the method of [Multi-modal Auto-regressive Modeling via Visual
+Words](https://arxiv.org/abs/2403.07720) (VW-LMM), which maps every image feature to a probability distribution over the
+language model's vocabulary, its visual words.
+{%- if base_model %} It was made from {% for id in base_model -%}
+[{{ id }}](https://huggingface.co/{{ id }}){{ "." if loop.last else " and " if loop.revindex == 2 else ", " }}
+{%- endfor %}
+{%- endif %}
+
+## Usage
+
+The repository carries its own code. It needs torch, Transformers{{ ", PEFT" if library_name == "peft" }} and Pillow.
+
+```python
+from transformers import pipeline
+
+vwlmm = pipeline("image-text-to-text", model="{{ repo_id }}", trust_remote_code=True)
+messages = [
+    {
+        "role": "user",
+        "content": [
+            {"type": "image", "image": "image.jpg"},  # path or URL of your image
+            {"type": "text", "text": "Describe the image."},
+        ],
+    }
+]
+print(vwlmm(text=messages, return_full_text=False)[0]["generated_text"])
+```
+
+The same with model and processor at hand{{ ", and the visual words of the image" if 3 in stages }}:
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("{{ repo_id }}", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("{{ repo_id }}", trust_remote_code=True)
+content = [{"type": "image", "image": "image.jpg"}, {"type": "text", "text": "Describe the image."}]
+inputs = processor.apply_chat_template(
+    [{"role": "user", "content": content}],
+    add_generation_prompt=True,
+    tokenize=True,
+    return_dict=True,
+    return_tensors="pt",
+)
+output = model.generate(**inputs, max_new_tokens=64)
+print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+{%- if 3 in stages %}
+
+words = model.get_visual_words(inputs["pixel_values"], top_k=3)  # token_ids and probabilities, [images, patches, 3]
+print(processor.tokenizer.convert_ids_to_tokens(words.token_ids[0, :, 0]))
+{%- endif %}
+```
+{%- if stages %}
+
+## Training stages
+
+| stage | trained |
+|---|---|
+{%- for title, modules in stages.values() %}
+| {{ title }} | {{ modules }} |
+{%- endfor %}
+{%- endif %}
+{%- if results %}
+
+## Results
+
+| dataset | metric | value |
+|---|---|---|
+{%- for result in results %}
+| {{ result.dataset_name }} | {{ result.metric_name or result.metric_type }} | {{ result.metric_value }} |
+{%- endfor %}
+{%- endif %}
+{%- if training_procedure %}
+
+"""
+    + TRAINING_HEADING
+    + """
+
+{{ training_procedure }}
+{%- endif %}
+
+"""
+)
+
+
+def make_model_card(
+    config: VWLMMConfig,
+    repo_id: str,
+    *,
+    previous: ModelCard | None = None,
+    training_procedure: str | None = None,
+    base_model: str | list[str] | None = None,
+    tags: Iterable[str] = (),
+    eval_results: Iterable[EvalResult] = (),
+    **metadata,
+) -> ModelCard:
+    """
+    Makes the model card of a checkpoint. What is not known is left out.
+
+    Args:
+        config ([`VWLMMConfig`]): Config of the checkpoint. It says which stages are behind the weights, and what they
+            were made from.
+        repo_id (`str`): Repository of the checkpoint, for the usage snippets.
+        previous (`ModelCard`, *optional*): The card so far. Its metadata stays unless it is given here, and so does
+            its text unless it is a draft.
+        training_procedure (`str`, *optional*): Text on how the checkpoint was trained. By default that of `previous`.
+        base_model (`str` or `list[str]`, *optional*): Ids on the Hub of what the checkpoint was made from. By default
+            the ids that the config records: the checkpoint that was trained on, or else the LLM and the vision tower.
+        tags (`Iterable[str]`, *optional*): Tags beside our own.
+        eval_results (`Iterable[EvalResult]`, *optional*): Results, which become the `model-index`.
+        metadata: Other fields of `ModelCardData`, such as `license`, `datasets` and `language`.
+
+    Returns:
+        `ModelCard`
+    """
+    known = {} if previous is None else previous.data.to_dict()
+    if base_model is None:
+        base_model = known.get("base_model") or find_base_models(config, repo_id)
+    name = repo_id.rsplit("/", 1)[-1]
+    data = ModelCardData(
+        **{
+            "library_name": "transformers",
+            "pipeline_tag": TASK,
+            **known,
+            **{field: value for field, value in metadata.items() if value is not None},
+            "base_model": as_list(base_model) or None,
+            "tags": [*TAGS, *known.get("tags", ()), *tags],
+            "trained_stages": config.trained_stages or None,
+        }
+    )
+    eval_results = list(eval_results)
+    kept = [old for old in data.eval_results or () if not any(old.is_equal_except_value(new) for new in eval_results)]
+    data.eval_results = kept + eval_results or None
+    data.model_name = name if data.eval_results else None
+
+    if previous is not None and DRAFT not in previous.text:
+        previous.data = data
+        return previous
+    if training_procedure is None and previous is not None:
+        training_procedure = read_training_procedure(previous)
+    return ModelCard.from_template(
+        data,
+        template_str=TEMPLATE,
+        name=name,
+        repo_id=repo_id,
+        stages={number: describe_stage(number) for number in config.trained_stages},
+        results=data.eval_results,
+        training_procedure=training_procedure,
+    )
+
+
+def find_base_models(config: VWLMMConfig, repo_id: str | None = None) -> list[str]:
+    """Ids on the Hub of the checkpoint that `config` was loaded from, or else of the LLM and the vision tower."""
+    if is_hub_id(config.name_or_path) and config.name_or_path != repo_id:
+        return [config.name_or_path]
+    return [part.name_or_path for part in (config.text_config, config.vision_config) if is_hub_id(part.name_or_path)]
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` can be `owner/name` on the Hub, and is no folder of this machine."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name and not os.path.exists(name)
+
+
+def describe_stage(number: int) -> tuple[str, str]:
+    """The name of a stage, and the modules that it trains."""
+    stage = STAGES[number]
+    return f"stage {ROMAN[number]} ({stage.name})", ", ".join(MODULES[module] for module in stage.trains)
+
+
+def read_training_procedure(card: ModelCard) -> str:
+    """The section of a card, TRL's or ours, on how the checkpoint was trained; empty if it has none."""
+    return card.text.partition(f"{TRAINING_HEADING}\n")[2].partition("\n## ")[0].strip()
+
+
+def read_eval_results(file: str | Path) -> list[EvalResult]:
+    """
+    Reads results from JSON: a list of objects with the fields of `huggingface_hub.EvalResult`, or what lmms-eval writes.
+
+    Raises:
+        ValueError: If `file` is neither.
+    """
+    content = json.loads(Path(file).read_text())
+    try:
+        if isinstance(content, list):
+            return [EvalResult(**{"task_type": TASK, **entry}) for entry in content]
+        return [
+            _from_lmms_eval(content, task, name, value)
+            for task, values in content["results"].items()
+            for name, value in values.items()
+            if isinstance(value, int | float) and "_stderr" not in name
+        ]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} cannot be read as results ({type(error).__name__}: {error}). Expected a list of objects with "
+            "`dataset_type`, `dataset_name`, `metric_type` and `metric_value`, or the results file of lmms-eval."
+        ) from error
+
+
+def _from_lmms_eval(content: dict, task: str, name: str, value: float) -> EvalResult:
+    config, num_samples = content["configs"][task], content["n-samples"][task]
+    is_limited = num_samples["effective"] < num_samples["original"]
+    return EvalResult(
+        task_type=TASK,
+        dataset_type=config["dataset_path"] if is_hub_id(config["dataset_path"]) else task,
+        dataset_name=task,
+        dataset_config=config.get("dataset_name"),
+        dataset_split=config.get("test_split"),
+        dataset_args={"num_samples": num_samples["effective"]} if is_limited else None,
+        metric_type=name.split(",")[0],
+        metric_value=value,
+        source_name="lmms-eval",
+        source_url="https://github.com/EvolvingLMMs-Lab/lmms-eval",
+    )
+
+
+def as_list(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else list(value)
