@@ -6,9 +6,7 @@ Shapes: `B` batch, `L` sequence length, `I` images, `N` image tokens of one imag
 `C` vocabulary size of the LLM.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Literal
 
 import torch
@@ -17,7 +15,6 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.models.llava.modeling_llava import (
     LlavaCausalLMOutputWithPast,
@@ -200,7 +197,7 @@ class VWLMMModel(LlavaModel):
         vision_config = self.config.vision_config
         pixel_values = torch.zeros(
             (1, getattr(vision_config, "num_channels", 3), vision_config.image_size, vision_config.image_size),
-            device=self.vm_head.weight.device,
+            device=self.device,
             dtype=self.dtype,
         )
         images = self.get_image_features(pixel_values, freeze_image_features=freeze_image_features)
@@ -512,6 +509,13 @@ class VWLMMForConditionalGeneration(LlavaForConditionalGeneration):
         model.generation_config = generation_config
         return model.eval()
 
+    def save_pretrained(self, *args, **kwargs) -> None:
+        """See `PreTrainedModel.save_pretrained`. Tensors get the same names however the model was made or loaded."""
+        # Otherwise they would get the names they were loaded under, and what DeepSpeed ZeRO-3 loads is taken to have
+        # had those of the earliest LLaVAs.
+        self._weight_conversions = None
+        super().save_pretrained(*args, **kwargs)
+
     def resize_token_embeddings(
         self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True
     ) -> nn.Embedding:
@@ -692,20 +696,20 @@ class VWLMMForConditionalGeneration(LlavaForConditionalGeneration):
             output.num_image_positions = is_image.sum()
             image_scale = visual_loss_weight / _count(num_image_items_in_batch, output.num_image_positions)
 
+        # Read here, inside this module's own forward, where DeepSpeed ZeRO-3 gathers what other modules hold.
         mm_head, vm_head = self.lm_head.weight, self.model.vm_head.weight  # [C, D]
         if (mm_head.is_meta or vm_head.is_meta) and not hidden_states.is_meta:
             raise ValueError(
                 "The heads' weights are offloaded, and this loss reads them. Load the model with a `device_map` that "
                 "keeps `lm_head` and `model.vm_head` on a device."
             )
-        with _gathered(mm_head, vm_head):
-            if visual_objective == "vm_head":
-                losses = linear_loss(image_features, vm_head, targets, image_hidden, mm_head, image_scale=image_scale)
-                visual_word_entropy = losses.student_entropy
-            else:
-                hidden = torch.cat([text_hidden, image_hidden])  # [T + V, D]
-                losses = linear_loss(hidden, mm_head, targets, image_features, vm_head, text_scale, image_scale)
-                visual_word_entropy = losses.teacher_entropy
+        if visual_objective == "vm_head":
+            losses = linear_loss(image_features, vm_head, targets, image_hidden, mm_head, image_scale=image_scale)
+            visual_word_entropy = losses.student_entropy
+        else:
+            hidden = torch.cat([text_hidden, image_hidden])  # [T + V, D]
+            losses = linear_loss(hidden, mm_head, targets, image_features, vm_head, text_scale, image_scale)
+            visual_word_entropy = losses.teacher_entropy
 
         output.loss = losses.loss
         if labels is not None:
@@ -743,13 +747,6 @@ def _check_parts(vision: PreTrainedModel, text: PreTrainedModel) -> None:
             f"{type(vision).__name__} has {vision.config.num_register_tokens} register tokens beside its patches; "
             "VW-LMM needs a vision tower with patches, and a class token at most."
         )
-
-
-def _gathered(*weights: nn.Parameter) -> AbstractContextManager:
-    # The loss reads the heads' weights without calling the heads, which is when DeepSpeed ZeRO-3 would gather them.
-    if not is_deepspeed_zero3_enabled():
-        return nullcontext()
-    return import_module("deepspeed").zero.GatheredParameters(list(weights))
 
 
 VWLMMModel.register_for_auto_class("AutoModel")

@@ -1,6 +1,6 @@
 # Copyright 2026 The VW-LMM authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Two processes take the same steps as one, data parallel and fully sharded, also where one of them has only text.
+"""Two processes take the same steps as one, data parallel or sharded, also where one of them has only text.
 
 Run as a script by the launcher, this file trains; run by pytest, it starts the launcher and compares.
 """
@@ -34,6 +34,14 @@ FSDP = {
     "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer,CLIPEncoderLayer",
     "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
+}
+
+ZERO3 = {
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+    "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true",
+    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+    "DS_ACCELERATOR": "cpu",
 }
 
 
@@ -92,16 +100,21 @@ def train(checkpoint: str, data: str, output: str) -> None:
 
 
 def shard_on_cpu() -> None:
-    """Accelerate turns FSDP on for accelerators alone, and runs DDP without a word on CPU."""
+    """Accelerate turns FSDP and DeepSpeed on for accelerators alone, and runs DDP without a word on CPU."""
     init = AcceleratorState.__init__
 
-    def init_with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
-        init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+    def init_sharded(self, *args, fsdp_plugin=None, deepspeed_plugin=None, **kwargs):
+        init(self, *args, fsdp_plugin=fsdp_plugin, deepspeed_plugin=deepspeed_plugin, **kwargs)
         if fsdp_plugin is not None:
             self.fsdp_plugin = fsdp_plugin
             self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        if deepspeed_plugin is not None:
+            deepspeed_plugin.set_mixed_precision("no")
+            deepspeed_plugin.select(_from_accelerator_state=True)
+            self.deepspeed_plugins = deepspeed_plugin
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
 
-    AcceleratorState.__init__ = init_with_fsdp
+    AcceleratorState.__init__ = init_sharded
 
 
 @pytest.fixture(scope="module")
@@ -120,16 +133,26 @@ def alone(vicuna, data, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("environment", "wrapper"), [({}, "DistributedDataParallel"), (FSDP, "FSDPVWLMM")], ids=["ddp", "fsdp2"]
+    ("environment", "wrapper"),
+    [({}, "DistributedDataParallel"), (FSDP, "FSDPVWLMM"), (ZERO3, "DeepSpeedEngine")],
+    ids=["ddp", "fsdp2", "zero3"],
 )
 def test_two_processes_take_the_steps_of_one(vicuna, data, alone, tmp_path, environment, wrapper):
+    if environment is ZERO3:
+        pytest.importorskip("deepspeed")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
     result = subprocess.run(
         [*launcher, __file__, vicuna, data, str(tmp_path)],
-        env={**os.environ, **environment, "OMP_NUM_THREADS": "1"},
+        # DeepSpeed compiles with `ninja`, which stands beside the interpreter.
+        env={
+            **os.environ,
+            **environment,
+            "OMP_NUM_THREADS": "1",
+            "PATH": os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]),
+        },
         capture_output=True,
         text=True,
         timeout=180,
@@ -160,8 +183,7 @@ def test_the_steps_change_something(vicuna, alone):
 
 
 if __name__ == "__main__":
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        shard_on_cpu()
+    shard_on_cpu()
     train(*sys.argv[1:])
     # All that was asked for is on disk, and gloo's threads now and then abort or hang the exit of an interpreter.
     os._exit(0)

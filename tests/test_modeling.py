@@ -1,6 +1,6 @@
 # Copyright 2026 The VW-LMM authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The model: the authors' numbers, the two visual losses and where their gradients go, generation, fresh models."""
+"""The model: the authors' numbers, the two visual losses and where their gradients go, fresh models."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import GOLDEN, make_conversation, make_image, tiny_text, tiny_vision
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import (
     AutoModelForCausalLM,
@@ -527,49 +527,6 @@ class TestBadInput:
             model(**batch, mm_encoder_outputs={"image": images})
 
 
-class TestGenerate:
-    @pytest.fixture(params=[False, True], ids=["plain", "pseudo_image_features"])
-    def model(self, model, request):
-        model.config.use_pseudo_image_features = request.param
-        return model
-
-    @staticmethod
-    def generate(model, inputs, **kwargs):
-        return model.generate(
-            **inputs,
-            do_sample=False,
-            return_dict_in_generate=True,
-            output_scores=True,
-            **{"max_new_tokens": 8, **kwargs},
-        )
-
-    @pytest.fixture
-    def prompt(self, processor):
-        inputs = collate(
-            processor, make_conversation((1, "Who?", "Me."))[:1], make_conversation((2, "What is left?", ""))[:1]
-        )
-        del inputs["labels"]
-        return inputs
-
-    def test_depends_on_the_image(self, model, prompt):
-        scores = self.generate(model, prompt, max_new_tokens=1).scores[0]
-        prompt["pixel_values"][0] = prompt["pixel_values"][0].flip(-1)
-        other = self.generate(model, prompt, max_new_tokens=1).scores[0]
-        assert (scores[0] - other[0]).abs().max() > 1e-3
-        assert_close(scores[1], other[1])
-
-    def test_first_scores_are_those_of_forward(self, model, prompt):
-        with torch.no_grad():
-            logits = model(**prompt).logits[:, -1]
-        assert_close(self.generate(model, prompt, max_new_tokens=1).scores[0], logits, atol=1e-5, rtol=1e-5)
-
-    def test_cache_changes_nothing(self, model, prompt):
-        cached, uncached = (self.generate(model, prompt, use_cache=use_cache) for use_cache in (True, False))
-        assert torch.equal(cached.sequences, uncached.sequences)
-        for a, b in zip(cached.scores, uncached.scores, strict=True):
-            assert_close(a, b, atol=1e-4, rtol=1e-4)
-
-
 class TestFromVisionTextPretrained:
     PAIRS = [
         ("clip", "llama"),
@@ -687,6 +644,19 @@ class TestFromVisionTextPretrainedOptions:
         text.lm_head = torch.nn.Linear(32, 100)
         with pytest.raises(ValueError, match="its head has bias"):
             VWLMMForConditionalGeneration.from_vision_text_pretrained(tiny_vision("clip"), text)
+
+
+class TestSavePretrained:
+    def test_names_are_the_same_whatever_was_loaded(self, model, vicuna, tmp_path):
+        model.save_pretrained(tmp_path / "saved")
+        file = tmp_path / "saved" / "model.safetensors"
+        weights = load_file(file)
+        early = {name.replace("vision_tower.", "vision_tower.vision_model."): w for name, w in weights.items()}
+        assert early.keys() != weights.keys()
+        save_file(early, file, metadata={"format": "pt"})
+        again = VWLMMForConditionalGeneration.from_pretrained(tmp_path / "saved")
+        again.save_pretrained(tmp_path / "again")
+        assert load_file(tmp_path / "again" / "model.safetensors").keys() == weights.keys()
 
 
 class TestResizeTokenEmbeddings:
