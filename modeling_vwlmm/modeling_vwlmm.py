@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.generation import CandidateGenerator
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.models.llava.modeling_llava import (
     LlavaCausalLMOutputWithPast,
@@ -113,6 +114,10 @@ def get_supervised_image_positions(
     return is_supervised
 
 
+class VMHead(nn.Linear):
+    """A linear layer that bitsandbytes leaves alone, as it does the MM head: the losses read the weights of both."""
+
+
 class VWLMMModel(LlavaModel):
     """
     Vision tower, adapter and decoder as in LLaVA, and the VM head, without the MM head.
@@ -124,7 +129,7 @@ class VWLMMModel(LlavaModel):
 
     def __init__(self, config: VWLMMConfig):
         super().__init__(config)
-        self.vm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.vm_head = VMHead(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -527,6 +532,21 @@ class VWLMMForConditionalGeneration(LlavaForConditionalGeneration):
                 vm_head, embeddings.num_embeddings, mean_resizing=mean_resizing
             )
         return embeddings
+
+    def _get_candidate_generator(self, **kwargs) -> CandidateGenerator:
+        # Assisted decoding. What proposes tokens, a text-only decoder or the prompt itself, gets no images: it neither
+        # knows the placeholder nor may propose it.
+        generator = super()._get_candidate_generator(**kwargs)
+        propose = generator.get_candidates
+
+        def get_candidates(input_ids, **kwargs):
+            text_ids = input_ids.masked_fill(input_ids == self.config.image_token_id, 0)  # [1, L]
+            candidate_ids, candidate_logits = propose(text_ids, **kwargs)  # [1, L + candidates]
+            candidate_ids[:, : input_ids.shape[1]] = input_ids
+            return candidate_ids, candidate_logits
+
+        generator.get_candidates = get_candidates
+        return generator
 
     def get_visual_words(self, pixel_values: torch.Tensor, top_k: int = 1) -> VisualWordsOutput:
         """See [`VWLMMModel.get_visual_words`]."""
