@@ -90,7 +90,7 @@ def make_conversation(*turns: tuple[int, str, str]) -> list[dict]:
     return messages
 
 
-def tiny_vision(kind: str):
+def tiny_vision(kind: str, **overrides):
     """A random vision tower: images of 28 x 28 pixels, 16 patches."""
     size = {
         "hidden_size": 32,
@@ -99,6 +99,7 @@ def tiny_vision(kind: str):
         "num_attention_heads": 4,
         "image_size": 28,
         "patch_size": 7,
+        **overrides,
     }
     if kind == "clip":
         return CLIPVisionModel(CLIPVisionConfig(**size))
@@ -112,16 +113,17 @@ def tiny_vision(kind: str):
     return CLIPModel(CLIPConfig(text_config=text, vision_config=size, projection_dim=16))
 
 
-def tiny_text(kind: str, vocab_size: int = 100):
+def tiny_text(kind: str, **overrides):
     """A random decoder with its head. Gemma's and Qwen3's small checkpoints tie the head to the embeddings."""
     size = {
-        "vocab_size": vocab_size,
+        "vocab_size": 100,
         "hidden_size": 32,
         "intermediate_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 256,
+        **overrides,
     }
     configs = {
         "llama": lambda: LlamaConfig(**size),
