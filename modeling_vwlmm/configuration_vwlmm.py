@@ -3,6 +3,7 @@
 """Configuration of VW-LMM."""
 
 from huggingface_hub.dataclasses import strict
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from transformers.models.llava.configuration_llava import LlavaConfig
 
 
@@ -64,3 +65,5 @@ class VWLMMConfig(LlavaConfig):
 
 
 VWLMMConfig.register_for_auto_class("AutoConfig")
+# `transformers serve` asks this table what a model is, and not `auto_map`.
+MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[VWLMMConfig.model_type] = "VWLMMForConditionalGeneration"

@@ -8,7 +8,6 @@ Converts a checkpoint in the format of the authors' code to this one: model, tok
 
 import argparse
 import json
-import pickle
 import re
 import tempfile
 import zipfile
@@ -26,7 +25,7 @@ from transformers.utils import logging
 from processing_vwlmm import VWLMMProcessor
 
 from .configuration_vwlmm import VWLMMConfig
-from .modeling_vwlmm import VWLMMForConditionalGeneration
+from .modeling_vwlmm import VWLMMForConditionalGeneration, explain_unreadable
 
 
 logger = logging.get_logger(__name__)
@@ -62,8 +61,8 @@ def convert_official_checkpoint(source: str | Path, output: str | Path, vision_t
     Raises:
         FileExistsError: If `output` exists.
         FileNotFoundError: If `source` lacks `config.json` or a file of weights.
-        ValueError: If the checkpoint is not of this format, if its tensors are not those that its config announces, or if
-            a `.bin` file holds anything else.
+        ValueError: If the checkpoint is not of this format, if its tensors are not those that its config announces, if a
+            file is damaged, or if a `.bin` file holds anything but tensors.
     """
     source, output = Path(source), Path(output)
     if output.exists():
@@ -183,19 +182,17 @@ class _Weights:
 
 
 def _read_safetensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    with safe_open(file, framework="pt") as tensors:
+    with explain_unreadable(file):
+        tensors = safe_open(file, framework="pt")
+    with tensors:
         for name in tensors.keys():  # noqa: SIM118 (no dict)
             yield name, tensors.get_tensor(name)
 
 
 def _read_bin(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    # Mapped, not read; only the format from before PyTorch 1.6 is no zip file and cannot be.
-    try:
+    with explain_unreadable(file):
+        # Mapped, not read; only the format from before PyTorch 1.6 is no zip file and cannot be.
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{file} holds more than tensors, and reading it could run any code. Ask its authors for safetensors."
-        ) from error
     for name, tensor in content.items():
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"{file} has {name}, a {type(tensor).__name__}; expected tensors alone.")

@@ -6,12 +6,18 @@ Shapes: `B` batch, `L` sequence length, `I` images, `N` image tokens of one imag
 `C` vocabulary size of the LLM.
 """
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -24,7 +30,7 @@ from transformers.models.llava.modeling_llava import (
     LlavaModelOutputWithPast,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, torch_compilable_check
+from transformers.utils import TransformersKwargs, cached_file, torch_compilable_check
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_vwlmm import VWLMMConfig
@@ -118,6 +124,13 @@ class VMHead(nn.Linear):
     """A linear layer that bitsandbytes leaves alone, as it does the MM head: the losses read the weights of both."""
 
 
+class _PlaceholderAsFirstToken:
+    """Token embeddings, where any token can stand in for the placeholder, which has none."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(input_ids.masked_fill(input_ids >= self.num_embeddings, 0))  # [B, L, D]
+
+
 class VWLMMModel(LlavaModel):
     """
     Vision tower, adapter and decoder as in LLaVA, and the VM head, without the MM head.
@@ -130,6 +143,11 @@ class VWLMMModel(LlavaModel):
     def __init__(self, config: VWLMMConfig):
         super().__init__(config)
         self.vm_head = VMHead(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        if config.text_config._attn_implementation == "vllm":
+            # vLLM looks tokens up past `_embed_tokens`. It swaps a bare `nn.Embedding` for its own, and keeps what a
+            # subclass adds.
+            embeddings = self.get_input_embeddings()
+            embeddings.__class__ = type("TokenEmbedding", (_PlaceholderAsFirstToken, type(embeddings)), {})
         self.post_init()
 
     @can_return_tuple
@@ -475,15 +493,14 @@ class VWLMMForConditionalGeneration(LlavaForConditionalGeneration):
             raise ValueError(
                 f"{name_or_path} has the model type {config.model_type!r}; expected 'llava', Transformers' LLaVA."
             )
-        llava, loading = LlavaForConditionalGeneration.from_pretrained(
-            name_or_path, output_loading_info=True, **kwargs
-        )
-        for problem in ("missing", "unexpected"):
-            if names := sorted(loading[f"{problem}_keys"]):
-                raise ValueError(
-                    f"{name_or_path} has {len(names)} {problem} tensors, {names[0]} among them. Its config.json and its "
-                    "weights must be of one model."
-                )
+        try:
+            llava, loading = LlavaForConditionalGeneration.from_pretrained(
+                name_or_path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+        except (UnpicklingError, SafetensorError, RuntimeError, EOFError):
+            _find_tensors(name_or_path)  # says which file it is
+            raise
+        _check_llava_tensors(name_or_path, loading)
         fields = {name: value for name, value in llava.config.to_dict().items() if name not in NOT_OF_VWLMM}
         return cls._assemble(
             VWLMMConfig(**fields, trained_stages=[1, 2]),
@@ -742,6 +759,57 @@ class VWLMMForConditionalGeneration(LlavaForConditionalGeneration):
 def _count(num_items_in_batch: int | torch.Tensor | None, num_positions: torch.Tensor) -> torch.Tensor:
     count = torch.as_tensor(num_positions if num_items_in_batch is None else num_items_in_batch)
     return count.where(count > 0, 1)  # without such positions their loss is zero, not 0 / 0
+
+
+def _check_llava_tensors(name_or_path: str, loading: dict) -> None:
+    if unexpected := sorted(loading["unexpected_keys"]):
+        file = next(
+            (f for name, f in _find_tensors(name_or_path).items() if name.endswith(unexpected[0])), name_or_path
+        )
+        raise ValueError(
+            f"{file} has tensors that its config.json does not announce, {len(unexpected)} in all, {unexpected[0]} among "
+            "them. Expected a layout that Transformers' LLaVA has been published in, and a config.json of these weights."
+        )
+    if missing := sorted(loading["missing_keys"]):
+        raise ValueError(
+            f"{cached_file(name_or_path, 'config.json')} announces {len(missing)} tensors that the weights beside it "
+            f"lack, {missing[0]} among them. Is a file of weights missing, or is this the config of another checkpoint?"
+        )
+    for name, found, expected in sorted(loading["mismatched_keys"]):
+        # Layouts differ in what stands before the module's own path.
+        path = re.sub(r"^(model\.)?(language_model|vision_tower)\.", "", name)
+        file = next((f for n, f in _find_tensors(name_or_path).items() if n.endswith(path)), name_or_path)
+        raise ValueError(
+            f"{file} has {name} of shape {tuple(found)}, config.json announces {tuple(expected)}. Is that the "
+            "config.json of another checkpoint?"
+        )
+
+
+def _find_tensors(name_or_path: str) -> dict[str, Path]:
+    """The file of every tensor, under the name it has there. Raises `ValueError` for a file that cannot be read."""
+    folder = Path(cached_file(name_or_path, "config.json")).parent
+    tensors = {}
+    for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
+        with explain_unreadable(file):
+            if file.suffix == ".safetensors":
+                with safe_open(file, framework="pt") as content:
+                    tensors |= dict.fromkeys(content.keys(), file)
+            else:
+                tensors |= dict.fromkeys(torch.load(file, map_location="meta", weights_only=True), file)
+    return tensors
+
+
+@contextmanager
+def explain_unreadable(file: Path) -> Iterator[None]:
+    """Raises `ValueError`, with the file and what to do, where a file of weights cannot be read."""
+    try:
+        yield
+    except UnpicklingError as error:
+        raise ValueError(
+            f"{file} holds more than tensors, and reading it could run any code. Ask its authors for safetensors."
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{file} is damaged ({str(error) or 'it is empty'}). Download it again.") from error
 
 
 def _check_parts(vision: PreTrainedModel, text: PreTrainedModel) -> None:

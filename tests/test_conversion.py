@@ -326,6 +326,16 @@ class TestErrors:
             convert_official_checkpoint(source, output)
         assert_nothing_left(output)
 
+    @pytest.mark.parametrize("safe", [True, False])
+    @pytest.mark.parametrize("share", [0.0, 0.5])
+    def test_damaged_shard(self, source, output, safe, share):
+        write_weights(source, read_weights(source), shards=3, safe=safe)
+        (file,) = source.glob("*model-00002-of-00003.*")
+        file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+        with pytest.raises(ValueError, match=rf"{file.name} is damaged .*Download it again"):
+            convert_official_checkpoint(source, output)
+        assert_nothing_left(output)
+
 
 MEASURED = """
 import resource, sys

@@ -36,6 +36,7 @@ DECODERS = {
     "gemma": GemmaConfig(**TEXT),
     "tied": LlamaConfig(**TEXT, tie_word_embeddings=True),
 }
+TENSOR = "model.language_model.layers.1.mlp.up_proj.weight"
 # Names of Transformers 5, and what they were in checkpoints published before.
 LAYOUTS = {
     "now": {},
@@ -129,17 +130,54 @@ class TestModel:
         assert torch.equal(forward(again), forward(model))
         assert torch.equal(again.model.vm_head.weight, model.model.vm_head.weight)
 
-    @pytest.mark.parametrize("problem", ["missing", "unexpected"])
-    def test_tensors_are_verified(self, tmp_path, processor, problem):
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda name, w: {}, rf"config\.json announces 1 tensors that the weights beside it lack, {TENSOR}"),
+            (lambda name, w: {name: w, "x." + name: w.clone()}, rf"model\.safetensors has tensors.* 1 in all, x\.{TENSOR}"),
+            (
+                lambda name, w: {
+                    "language_model.model." + name.removeprefix("model.language_model."): w[:, 1:].clone()
+                },
+                rf"model\.safetensors has {TENSOR} of shape \(48, 31\), config\.json announces \(48, 32\)",
+            ),
+        ],
+        ids=["missing", "unknown layout", "shape"],
+    )
+    def test_tensors_are_verified(self, tmp_path, processor, change, message):
         folder = make_llava(tmp_path / "llava", processor)
-        name = "model.language_model.layers.1.mlp.up_proj.weight"
+        rewrite_weights(folder, lambda weights: change(TENSOR, weights.pop(TENSOR)) | weights)
+        with pytest.raises(ValueError, match=message):
+            VWLMMForConditionalGeneration.from_llava(folder)
 
-        def change(weights):
-            tensor = weights.pop(name) if problem == "missing" else weights[name].clone()
-            return weights if problem == "missing" else {**weights, name.replace(".1.", ".2."): tensor}
+    def test_config_that_lies(self, tmp_path, processor):
+        folder = make_llava(tmp_path / "llava", processor)
+        file = Path(folder) / "config.json"
+        config = json.loads(file.read_text())
+        config["text_config"]["intermediate_size"] = 50
+        file.write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=r"model\.safetensors has model\..*mlp.* of shape .*announces"):
+            VWLMMForConditionalGeneration.from_llava(folder)
 
-        rewrite_weights(folder, change)
-        with pytest.raises(ValueError, match=rf"{folder} has 1 {problem} tensors, model\.language_model\.layers"):
+    @pytest.mark.parametrize("problem", ["missing", "damaged"])
+    def test_shards_are_verified(self, tmp_path, processor, problem):
+        folder = Path(make_llava(tmp_path / "llava", processor))
+        LlavaForConditionalGeneration.from_pretrained(folder).save_pretrained(folder, max_shard_size="60KB")
+        (folder / "model.safetensors").unlink()
+        shard = sorted(folder.glob("*.safetensors"))[1]
+        content = shard.read_bytes()
+        shard.unlink()
+        if problem == "damaged":
+            shard.write_bytes(content[: len(content) // 2])
+        with pytest.raises((ValueError, OSError), match=shard.name):
+            VWLMMForConditionalGeneration.from_llava(folder)
+
+    def test_bin_with_more_than_tensors(self, tmp_path, processor):
+        folder = Path(make_llava(tmp_path / "llava", processor))
+        weights = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        torch.save({**weights, "x": Path("x")}, folder / "pytorch_model.bin")
+        with pytest.raises(ValueError, match=r"pytorch_model\.bin holds more than tensors"):
             VWLMMForConditionalGeneration.from_llava(folder)
 
     def test_another_architecture(self, tmp_path, processor):
