@@ -1,0 +1,88 @@
+# Copyright 2026 The VW-LMM authors.
+# SPDX-License-Identifier: Apache-2.0
+"""`transformers serve` on a saved folder, without this package, answers as `generate` does."""
+
+import base64
+import contextlib
+import io
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+import torch
+from conftest import make_image
+
+
+openai = pytest.importorskip("openai")
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+
+QUESTION = "What is in the image?"
+
+
+@pytest.fixture(scope="module")
+def client(vicuna, tmp_path_factory):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tmp_path_factory.mktemp("serve")
+    serve = [os.path.join(os.path.dirname(sys.executable), "transformers"), "serve", vicuna]
+    options = ["--trust-remote-code", "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
+    environment = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules")}
+    with (
+        open(folder / "log", "w+") as log,
+        subprocess.Popen([*serve, *options], cwd=folder, stdout=log, stderr=log, env=environment) as server,
+    ):
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        try:
+            for _ in range(240):
+                assert server.poll() is None, (folder / "log").read_text()[-4000:]
+                with contextlib.suppress(OSError):
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health").close()
+                    break
+                time.sleep(0.5)
+            yield client
+        finally:
+            server.terminate()
+
+
+def ask(client, model: str, *images) -> str:
+    content = [{"type": "text", "text": QUESTION}]
+    for image in images:
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+        content.insert(0, {"type": "image_url", "image_url": {"url": url}})
+    answer = client.chat.completions.create(
+        model=model, messages=[{"role": "user", "content": content}], max_tokens=12, temperature=0.0
+    )
+    return answer.choices[0].message.content
+
+
+def generate(model, processor, *images) -> str:
+    content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": QUESTION}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    with torch.no_grad():
+        output = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_answers_about_an_image(client, vicuna, model, processor):
+    red, noise = make_image(1), make_image(5)
+    answers = [ask(client, vicuna, image) for image in (red, noise)]
+    assert answers == [generate(model, processor, image) for image in (red, noise)]
+    assert answers[0] != answers[1]
+
+
+def test_answers_to_text_alone(client, vicuna, model, processor):
+    assert ask(client, vicuna) == generate(model, processor)
