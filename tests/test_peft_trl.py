@@ -42,6 +42,8 @@ SETTINGS = {
     "bf16": False,
     "gradient_checkpointing": False,
 }
+LOSSES = {1: {"language_loss"}, 2: {"language_loss"}, 3: {"visual_loss"}, 4: {"language_loss", "visual_loss"}}
+TRAINS = {2: {"language_model", "lm_head", "multi_modal_projector"}, 3: {"vm_head"}, 4: {"language_model", "lm_head"}}
 METHODS = {"lora": LoraConfig(target_modules=DECODER), "dora": LoraConfig(target_modules=DECODER, use_dora=True)}
 
 
@@ -69,6 +71,32 @@ def small_world(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("small_world") / "data"
     load_example("small_world").write_llava_dataset(folder, num_captions=8, num_conversations=8, num_held_out=0)
     return folder
+
+
+@pytest.fixture(scope="module")
+def preferences() -> datasets.Dataset:
+    """Four questions with a better and a worse answer: one image, none, two, one."""
+
+    def message(role, text):
+        return [{"role": role, "content": text}]
+
+    rows = [
+        ("What is the color of the circle?", "Red.", "A blue square and a dog.", 1),
+        ("How many people?", "Two people.", "Red.", 0),
+        ("What is left?", "A red circle.", "Me.", 2),
+        ("Describe the image.", "A dog.", "No.", 1),
+    ]
+    return datasets.Dataset.from_list(
+        [
+            {
+                "images": [make_image(10 * i + j) for j in range(num_images)],
+                "prompt": message("user", question),
+                "chosen": message("assistant", chosen),
+                "rejected": message("assistant", rejected),
+            }
+            for i, (question, chosen, rejected, num_images) in enumerate(rows)
+        ]
+    ).cast_column("images", datasets.List(datasets.Image()))
 
 
 def load_example(name: str):
@@ -230,31 +258,6 @@ class TestSavedAdapters:
 
 
 class TestTRLTrainers:
-    @pytest.fixture(scope="class")
-    def preferences(self) -> datasets.Dataset:
-        """Four questions with a better and a worse answer: one image, none, two, one."""
-
-        def message(role, text):
-            return [{"role": role, "content": text}]
-
-        rows = [
-            ("What is the color of the circle?", "Red.", "A blue square and a dog.", 1),
-            ("How many people?", "Two people.", "Red.", 0),
-            ("What is left?", "A red circle.", "Me.", 2),
-            ("Describe the image.", "A dog.", "No.", 1),
-        ]
-        return datasets.Dataset.from_list(
-            [
-                {
-                    "images": [make_image(10 * i + j) for j in range(num_images)],
-                    "prompt": message("user", question),
-                    "chosen": message("assistant", chosen),
-                    "rejected": message("assistant", rejected),
-                }
-                for i, (question, chosen, rejected, num_images) in enumerate(rows)
-            ]
-        ).cast_column("images", datasets.List(datasets.Image()))
-
     @pytest.fixture
     def make_dpo_trainer(self, model, processor, preferences, tmp_path):
         def make(peft_config=None, **kwargs):
@@ -349,12 +352,9 @@ class TestRecipes:
             entries = [ast.literal_eval(line) for line in lines if line.startswith("{'loss'")]
             assert len(entries) == 2
             for entry in entries:
-                losses = {name for name in ("language_loss", "visual_loss") if name in entry}
-                assert losses == ({"visual_loss"} if stage == 3 else {"language_loss"}) | (
-                    {"visual_loss"} if stage == 4 else set()
-                )
+                assert {name for name in ("language_loss", "visual_loss") if name in entry} == LOSSES[stage]
                 assert math.isfinite(float(entry["loss"]))
-            # The recipe's, which is not the stage's default. Warm-up is over after the first step.
+            # The recipe's, in all stages but III other than the default. The first step is warm-up.
             assert float(entries[1]["learning_rate"]) == {1: 2e-3, 2: 1e-3, 3: 1e-3, 4: 5e-4}[stage]
 
         folders = [tmp_path / f"stage{stage}" for stage in (1, 2, 3, 4)]
@@ -365,14 +365,7 @@ class TestRecipes:
         for stage, before, after in zip((2, 3, 4), tensors, tensors[1:], strict=False):
             kept = {name for name in after if torch.equal(after[name], before[name])}
             modules = {name.removeprefix("model.").split(".")[0] for name in after.keys() - kept}
-            assert (
-                modules
-                == {
-                    2: {"language_model", "lm_head", "multi_modal_projector"},
-                    3: {"vm_head"},
-                    4: {"language_model", "lm_head"},
-                }[stage]
-            )
+            assert modules == TRAINS[stage]
 
     def test_dora_from_the_command_line(self, vicuna, small_world, tmp_path):
         options = {"stage": 4, "model_name_or_path": vicuna, "json_file": small_world / "instructions.json"}
