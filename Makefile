@@ -10,6 +10,17 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2
 
+# The other end of the range of Transformers in pyproject.toml.
+OLDEST := transformers==5.19.0
+test-oldest: $(VENV)-oldest/installed
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest --numprocesses 2
+
+$(VENV)-oldest/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-oldest
+	sed 's/^transformers==.*/$(OLDEST)/' constraints.txt > $(VENV)-oldest/constraints.txt
+	$(VENV)-oldest/bin/python -m pip install --constraint $(VENV)-oldest/constraints.txt --editable '.[dev,examples]'
+	touch $@
+
 # vLLM on a CPU. Its torch is a CPU build (2.13.0+cpu), of which pip has to know an index.
 test-vllm: $(VENV)-vllm/installed
 	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest tests/vllm
@@ -40,4 +51,4 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VENV)-* .cache runs
