@@ -351,9 +351,11 @@ class VWLMMModel(LlavaModel):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
+        # Those of a chunk of the prompt (`prefill_chunk_size`) are cut from what the decoder reads, and come without.
+        image_features = None if images is None else images.get("image_features")  # I x [N, D]
         return LlavaModelOutputWithPast(
             **outputs,
-            image_hidden_states=torch.cat(images.image_features) if images is not None else None,  # [I * N, D]
+            image_hidden_states=None if image_features is None else torch.cat(image_features),  # [I * N, D]
         )
 
     @torch.no_grad()
