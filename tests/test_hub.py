@@ -33,22 +33,22 @@ OTHER_FILES = {
 }
 
 
+# Runs first in a process where only the package's own folders are not importable.
+WITHOUT_PACKAGE = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("modeling_vwlmm", "processing_vwlmm"):
+            raise ModuleNotFoundError(f"No module named {name!r}")
+sys.meta_path.insert(0, Blocker())
+"""
+
+
 def run_without_package(script: str, cwd: Path, **variables) -> str:
-    """Runs a script in a process where only the package's own folders are not importable."""
-    blocker = textwrap.dedent(
-        """
-        import sys
-        class Blocker:
-            def find_spec(self, name, path=None, target=None):
-                if name.split(".")[0] in ("modeling_vwlmm", "processing_vwlmm"):
-                    raise ModuleNotFoundError(f"No module named {name!r}")
-        sys.meta_path.insert(0, Blocker())
-        """
-    )
     environment = {**os.environ, "HF_MODULES_CACHE": str(cwd / "modules"), "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
     environment |= variables
     result = subprocess.run(
-        [sys.executable, "-c", blocker + textwrap.dedent(script)],
+        [sys.executable, "-c", WITHOUT_PACKAGE + textwrap.dedent(script)],
         cwd=cwd,
         env=environment,
         capture_output=True,

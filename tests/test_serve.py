@@ -15,6 +15,7 @@ import urllib.request
 import pytest
 import torch
 from conftest import make_image
+from test_hub import WITHOUT_PACKAGE
 
 
 openai = pytest.importorskip("openai")
@@ -30,12 +31,12 @@ def client(vicuna, tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     folder = tmp_path_factory.mktemp("serve")
-    serve = [os.path.join(os.path.dirname(sys.executable), "transformers"), "serve", vicuna]
+    serve = [sys.executable, "-c", WITHOUT_PACKAGE + "from transformers.cli.transformers import main; main()", "serve"]
     options = ["--trust-remote-code", "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
     environment = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules")}
     with (
         open(folder / "log", "w+") as log,
-        subprocess.Popen([*serve, *options], cwd=folder, stdout=log, stderr=log, env=environment) as server,
+        subprocess.Popen([*serve, vicuna, *options], cwd=folder, stdout=log, stderr=log, env=environment) as server,
     ):
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
         try:
@@ -78,9 +79,9 @@ def generate(model, processor, *images) -> str:
 
 
 def test_answers_about_an_image(client, vicuna, model, processor):
-    red, noise = make_image(1), make_image(5)
-    answers = [ask(client, vicuna, image) for image in (red, noise)]
-    assert answers == [generate(model, processor, image) for image in (red, noise)]
+    first, second = make_image(1), make_image(5)
+    answers = [ask(client, vicuna, image) for image in (first, second)]
+    assert answers == [generate(model, processor, image) for image in (first, second)]
     assert answers[0] != answers[1]
 
 
