@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: demo test test-vllm lint bench clean
+.PHONY: demo test test-lmms-eval test-vllm lint bench clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python examples/demo.py
@@ -34,6 +34,16 @@ $(VENV)-vllm/installed: pyproject.toml constraints-vllm.txt
 		$(VENV)-vllm/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
 	cd $(VENV)-vllm/lib/python3*/site-packages && mkdir -p vllm-0+cpu.dist-info && \
 		printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0+cpu\n' > vllm-0+cpu.dist-info/METADATA
+	touch $@
+
+# lmms-eval without most of its requirements, which are for other benchmarks and other models.
+test-lmms-eval: $(VENV)-lmms-eval/installed
+	OMP_NUM_THREADS=1 $(VENV)-lmms-eval/bin/python -m pytest tests/lmms_eval
+
+$(VENV)-lmms-eval/installed: pyproject.toml constraints.txt constraints-lmms-eval.txt
+	$(PYTHON) -m venv $(VENV)-lmms-eval
+	$(VENV)-lmms-eval/bin/python -m pip install --constraint constraints.txt --editable '.[dev,examples]'
+	$(VENV)-lmms-eval/bin/python -m pip install --no-deps --requirement constraints-lmms-eval.txt
 	touch $@
 
 lint: $(VENV)/installed
