@@ -104,6 +104,11 @@ class TestStrategies:
         for index, name in enumerate(ROWS):
             assert torch.equal(together[index], generate(either_model, row(prompts, index))[0]), name
 
+    def test_prompt_read_in_chunks(self, either_model, prompts):
+        answers = generate(either_model, prompts)
+        for size in (7, 50):  # less than an image, and more
+            assert torch.equal(generate(either_model, prompts, prefill_chunk_size=size), answers)
+
     def test_beams_of_a_mixed_batch_are_those_alone(self, either_model, prompts):
         def search(inputs):
             output = either_model.generate(
@@ -189,13 +194,13 @@ class TestAssistedDecoding:
         self.check(model, prompts, assistant_model=assistant.eval())
 
 
-class TestStaticCache:
-    def test_answers_are_the_same(self, either_model, prompts):
+class TestCompile:
+    def test_static_cache(self, either_model, prompts):
         assert torch.equal(
             generate(either_model, prompts, cache_implementation="static"), generate(either_model, prompts)
         )
 
-    def test_compiled_into_one_graph(self, either_model, prompts):
+    def test_decoding_step_is_one_graph(self, either_model, prompts):
         expected = generate(either_model, prompts)
         # On a CPU, `generate` compiles only when told. Inductor would build the C++ of this one graph for half a minute.
         compile_config = CompileConfig(backend="aot_eager", mode=None, fullgraph=True)
@@ -205,6 +210,13 @@ class TestStaticCache:
         answers = generate(either_model, prompts, cache_implementation="static", compile_config=compile_config)
         assert counters["stats"]["unique_graphs"] == 1
         assert torch.equal(answers, expected)
+
+    def test_text_and_images_are_one_graph(self, model, prompts):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        with torch.no_grad():
+            expected = model(**prompts).logits  # the first call puts hooks on the tower, which cannot be compiled
+            assert_close(compiled(**prompts).logits, expected)
 
 
 class TestAttention:
