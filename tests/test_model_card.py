@@ -237,7 +237,7 @@ class TestScript:
 class TestTrainer:
     @pytest.fixture
     def make_trainer(self, model, processor, dataset, tmp_path):
-        def make(**kwargs):
+        def make(push_to_hub=False, **kwargs):
             args = VWLMMTrainingArguments(
                 str(tmp_path / "run"),
                 stage=4,
@@ -249,7 +249,9 @@ class TestTrainer:
                 disable_tqdm=True,
                 use_cpu=True,
                 bf16=False,
+                push_to_hub=push_to_hub,
                 hub_model_id="me/trained",
+                hub_token="hf_of_nobody",
             )
             return VWLMMTrainer(
                 model=model, args=args, train_dataset=dataset, processing_class=copy.deepcopy(processor), **kwargs
@@ -257,15 +259,23 @@ class TestTrainer:
 
         return make
 
-    def test_push_to_hub(self, make_trainer, model, hub, monkeypatch, tmp_path):
+    @pytest.fixture
+    def online(self, hub, monkeypatch):
+        """The Hub as this process sees it, without the repository of these tests."""
+        for name in [name for name in hub.files if name.startswith("/me/trained/")]:
+            del hub.files[name]
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY", True)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        return hub
+
+    def test_push_to_hub(self, make_trainer, model, online, tmp_path):
         model.config.trained_stages = [1, 2, 3]
         trainer = make_trainer()
         trainer.train()
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
-        trainer.push_to_hub(token="hf_of_nobody", license="llama2", dataset_name=["a/conversations"])
+        trainer.push_to_hub(license="llama2", dataset_name=["a/conversations"])
 
-        files = uploaded(hub, "me/trained")
+        files = uploaded(online, "me/trained")
         assert files.keys() == CODE_FILES | OTHER_FILES | {"README.md", "training_args.bin"}
         assert all(content == (tmp_path / "run" / name).read_bytes() for name, content in files.items())
         weights = load(files["model.safetensors"])
@@ -282,6 +292,10 @@ class TestTrainer:
         assert all('"me/trained", trust_remote_code=True' in snippet for snippet in snippets(card.text))
         assert f"- TRL: {version('trl')}\n" in card.text
 
+    def test_recipe_with_push_to_hub(self, make_trainer, online):
+        make_trainer(push_to_hub=True).save_model()
+        assert uploaded(online, "me/trained").keys() > CODE_FILES | OTHER_FILES | {"README.md"}
+
     def test_continues_a_checkpoint_of_the_hub(self, make_trainer, model, tmp_path):
         model.config.name_or_path = "me/stage3"
         trainer = make_trainer()
@@ -290,7 +304,8 @@ class TestTrainer:
         assert card.data.base_model == ["me/stage3"]
         assert card.data.eval_results[0].metric_value == 0.875
 
-    def test_adapter(self, make_trainer, tmp_path):
+    def test_adapter(self, make_trainer, model, tmp_path):
+        model.config.text_config.name_or_path = "lmsys/vicuna-7b-v1.5"  # of the model below the adapter, not its own
         trainer = make_trainer(peft_config=LoraConfig(target_modules=["q_proj"]))
         trainer.save_model()  # PEFT writes a card of its own
         trainer.create_model_card()
