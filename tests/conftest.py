@@ -16,6 +16,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported, which some models of Transformers do
+
 from transformers import (
     AutoModelForCausalLM,
     CLIPConfig,
@@ -33,10 +38,6 @@ from transformers import (
     SiglipVisionModel,
     logging,
 )
-
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are defined
 
 from modeling_vwlmm import VWLMMForConditionalGeneration, convert_official_checkpoint
 from processing_vwlmm import VWLMMProcessor
