@@ -125,10 +125,13 @@ def _is_mistral(official: dict) -> bool:
 def _convert_config(official: dict, vision_tower: str) -> VWLMMConfig:
     vision_config = AutoConfig.from_pretrained(vision_tower)
     vision_config = getattr(vision_config, "vision_config", vision_config)
-    vision_config.name_or_path = ""  # a folder of this machine, which config.json would carry along
+    # A folder of this machine is nothing that config.json should carry along.
+    vision_config.name_or_path = "" if Path(vision_tower).exists() else vision_tower
     text_config_class = MistralConfig if _is_mistral(official) else LlamaConfig
     fields = {"rope_theta", "rope_scaling", *text_config_class().to_dict()} - {"architectures", "dtype", "model_type"}
     text_config = text_config_class(**{field: official[field] for field in fields if field in official})
+    # As Transformers writes it once a model has been loaded.
+    vision_config.dtype = text_config.dtype = official.get("torch_dtype")
     has_class_token = official["mm_vision_select_feature"] == "cls_patch"
     return VWLMMConfig(
         vision_config=vision_config,

@@ -454,6 +454,9 @@ class VWLMMForConditionalGeneration(LlavaForConditionalGeneration):
         decoder, lm_head = text.get_decoder(), text.get_output_embeddings()
         _check_parts(vision, text)
         vision.to(text.dtype)
+        for part in (vision, text):
+            if Path(part.config.name_or_path).exists():
+                part.config.name_or_path = ""  # a folder of this machine, which config.json would carry along
 
         has_class_token = any(name.endswith(("class_embedding", "cls_token")) for name, _ in vision.named_parameters())
         config = {
