@@ -7,11 +7,13 @@ vLLM serves a saved folder through its Transformers backend, without a plugin, a
 """
 
 import base64
+import contextlib
 import io
 import json
 import math
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -208,7 +210,9 @@ def server(wide_vicuna, tmp_path_factory):
     command += ["--kv-cache-memory-bytes", "256M", "--host", "127.0.0.1", "--port", str(port)]
     environment = {**os.environ, "HF_MODULES_CACHE": str(cwd / "modules"), "HF_HUB_OFFLINE": "1"}
     with open(cwd / "log", "w") as log:
-        process = subprocess.Popen(command, cwd=cwd, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, cwd=cwd, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
     try:
         wait_for_health(f"http://127.0.0.1:{port}/health", process, cwd / "log")
         yield f"http://127.0.0.1:{port}/v1", cwd / "modules"
@@ -216,8 +220,9 @@ def server(wide_vicuna, tmp_path_factory):
         process.terminate()
         try:
             process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with its engine and workers
 
 
 def wait_for_health(url: str, process: subprocess.Popen, log: Path, timeout: float = 300) -> None:
