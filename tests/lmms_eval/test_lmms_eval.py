@@ -257,7 +257,8 @@ class TestAnswers:
         assert answer(num_beams=4) != greedy
         assert answer(do_sample=True, temperature=9.0) != greedy
 
-    def test_greedy_unless_told_to_sample(self, answer):
+    def test_greedy_unless_told_to_sample(self, adapter, answer, monkeypatch):
+        monkeypatch.setattr(adapter.model.generation_config, "do_sample", True)  # as some LLMs come
         assert answer(do_sample=False, temperature=9.0, top_p=1.0) == answer(temperature=9.0) == answer()
 
     @pytest.mark.parametrize("as_list", [True, False])
