@@ -25,7 +25,8 @@ from transformers.utils import logging
 from processing_vwlmm import VWLMMProcessor
 
 from .configuration_vwlmm import VWLMMConfig
-from .modeling_vwlmm import VWLMMForConditionalGeneration, explain_unreadable
+from .llava_vwlmm import explain_unreadable
+from .modeling_vwlmm import VWLMMForConditionalGeneration
 
 
 logger = logging.get_logger(__name__)

@@ -6,18 +6,13 @@ Shapes: `B` batch, `L` sequence length, `I` images, `N` image tokens of one imag
 `C` vocabulary size of the LLM.
 """
 
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -30,12 +25,15 @@ from transformers.models.llava.modeling_llava import (
     LlavaModelOutputWithPast,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, cached_file, torch_compilable_check
+from transformers.utils import TransformersKwargs, logging, torch_compilable_check
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_vwlmm import VWLMMConfig
+from .llava_vwlmm import load_llava
 from .loss_vwlmm import linear_loss
 
+
+logger = logging.get_logger(__name__)
 
 # Fields of LLaVA's config.json that say what a checkpoint is, and are not passed on to another architecture.
 NOT_OF_VWLMM = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path")
@@ -228,12 +226,19 @@ class VWLMMModel(LlavaModel):
 
     def _check_no_placeholder(self, input_ids: torch.Tensor | None) -> None:
         # A decoding step feeds one token, its own: the check would only make the device wait.
-        if input_ids is not None and input_ids.shape[1] > 1:
-            torch_compilable_check(
-                (input_ids != self.config.image_token_id).all(),
-                f"Found image tokens (id {self.config.image_token_id}) in `input_ids`, but no images. Pass "
-                "`pixel_values`, as the processor returns them.",
-            )
+        if input_ids is None or input_ids.shape[1] == 1:
+            return
+        image_token_id = self.config.image_token_id
+        is_text = input_ids != image_token_id  # [B, L]
+        message = (
+            f"Found image tokens (id {image_token_id}) in `input_ids`, but no images. Pass `pixel_values`, as the "
+            "processor returns them."
+        )
+        if image_token_id >= self.config.text_config.vocab_size:
+            torch_compilable_check(is_text.all(), message)
+        elif not torch.compiler.is_compiling() and not is_text.all():
+            # Inside the vocabulary the placeholder has an embedding, which LLaVA's code would read in silence.
+            logger.warning_once(message)
 
     def get_placeholder_mask(
         self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
@@ -493,19 +498,7 @@ class VWLMMForConditionalGeneration(LlavaForConditionalGeneration):
         >>> model = VWLMMForConditionalGeneration.from_llava("llava-hf/llava-1.5-7b-hf")
         ```
         """
-        config = AutoConfig.from_pretrained(name_or_path)
-        if config.model_type != "llava":
-            raise ValueError(
-                f"{name_or_path} has the model type {config.model_type!r}; expected 'llava', Transformers' LLaVA."
-            )
-        try:
-            llava, loading = LlavaForConditionalGeneration.from_pretrained(
-                name_or_path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-            )
-        except (UnpicklingError, SafetensorError, RuntimeError, EOFError):
-            _find_tensors(name_or_path)  # says which file it is
-            raise
-        _check_llava_tensors(name_or_path, loading)
+        llava = load_llava(name_or_path, **kwargs)
         fields = {name: value for name, value in llava.config.to_dict().items() if name not in NOT_OF_VWLMM}
         return cls._assemble(
             VWLMMConfig(**fields, trained_stages=[1, 2]),
@@ -699,7 +692,7 @@ class VWLMMForConditionalGeneration(LlavaForConditionalGeneration):
                 num_items_in_batch,
                 num_image_items_in_batch,
             )
-        return output
+        return VWLMMCausalLMOutputWithPast(**output)  # anew, for the order of fields: those set later came last
 
     def _compute_losses(
         self,
@@ -764,57 +757,6 @@ class VWLMMForConditionalGeneration(LlavaForConditionalGeneration):
 def _count(num_items_in_batch: int | torch.Tensor | None, num_positions: torch.Tensor) -> torch.Tensor:
     count = torch.as_tensor(num_positions if num_items_in_batch is None else num_items_in_batch)
     return count.where(count > 0, 1)  # without such positions their loss is zero, not 0 / 0
-
-
-def _check_llava_tensors(name_or_path: str, loading: dict) -> None:
-    if unexpected := sorted(loading["unexpected_keys"]):
-        file = next(
-            (f for name, f in _find_tensors(name_or_path).items() if name.endswith(unexpected[0])), name_or_path
-        )
-        raise ValueError(
-            f"{file} has tensors that its config.json does not announce, {len(unexpected)} in all, {unexpected[0]} among "
-            "them. Expected a layout that Transformers' LLaVA has been published in, and a config.json of these weights."
-        )
-    if missing := sorted(loading["missing_keys"]):
-        raise ValueError(
-            f"{cached_file(name_or_path, 'config.json')} announces {len(missing)} tensors that the weights beside it "
-            f"lack, {missing[0]} among them. Is a file of weights missing, or is this the config of another checkpoint?"
-        )
-    for name, found, expected in sorted(loading["mismatched_keys"]):
-        # Layouts differ in what stands before the module's own path.
-        path = re.sub(r"^(model\.)?(language_model|vision_tower)\.", "", name)
-        file = next((f for n, f in _find_tensors(name_or_path).items() if n.endswith(path)), name_or_path)
-        raise ValueError(
-            f"{file} has {name} of shape {tuple(found)}, config.json announces {tuple(expected)}. Is that the "
-            "config.json of another checkpoint?"
-        )
-
-
-def _find_tensors(name_or_path: str) -> dict[str, Path]:
-    """The file of every tensor, under the name it has there. Raises `ValueError` for a file that cannot be read."""
-    folder = Path(cached_file(name_or_path, "config.json")).parent
-    tensors = {}
-    for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
-        with explain_unreadable(file):
-            if file.suffix == ".safetensors":
-                with safe_open(file, framework="pt") as content:
-                    tensors |= dict.fromkeys(content.keys(), file)
-            else:
-                tensors |= dict.fromkeys(torch.load(file, map_location="meta", weights_only=True), file)
-    return tensors
-
-
-@contextmanager
-def explain_unreadable(file: Path) -> Iterator[None]:
-    """Raises `ValueError`, with the file and what to do, where a file of weights cannot be read."""
-    try:
-        yield
-    except UnpicklingError as error:
-        raise ValueError(
-            f"{file} holds more than tensors, and reading it could run any code. Ask its authors for safetensors."
-        ) from error
-    except (SafetensorError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{file} is damaged ({str(error) or 'it is empty'}). Download it again.") from error
 
 
 def _check_parts(vision: PreTrainedModel, text: PreTrainedModel) -> None:

@@ -18,6 +18,7 @@ CODE_FILES = {
     "configuration_vwlmm.py",
     "modeling_vwlmm.py",
     "kernels_vwlmm.py",
+    "llava_vwlmm.py",
     "loss_vwlmm.py",
     "processing_vwlmm.py",
     "chat_templates_vwlmm.py",
