@@ -2,13 +2,18 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: demo test test-lmms-eval test-vllm lint bench clean
+.PHONY: demo test test-peers test-lmms-eval test-vllm lint bench clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python examples/demo.py
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2
+
+# The tests that Transformers runs on every model of its own, on this model and on LLaVA. They come from its source
+# distribution, which is downloaded into .cache.
+test-peers: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/peers --numprocesses 2 -rN --tb=short
 
 # The other end of the range of Transformers in pyproject.toml.
 OLDEST := transformers==5.19.0
