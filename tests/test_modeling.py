@@ -453,6 +453,13 @@ class TestForward:
         for a, b in zip(as_tuple, as_dict.to_tuple(), strict=True):
             assert_close(a, b)
 
+    def test_order_of_the_outputs(self, model, batch):
+        output = model(**batch)
+        assert list(output)[:3] == ["loss", "logits", "past_key_values"]
+        del batch["labels"]
+        output = model(**batch)
+        assert output[0] is output.logits
+
     def test_tuple_of_the_base_model_and_of_the_image_features(self, model, batch):
         inputs = {"input_ids": batch["input_ids"], "pixel_values": batch["pixel_values"]}
         hidden_states = model.model(**inputs, return_dict=False)[0]
@@ -505,6 +512,14 @@ class TestBadInput:
         del batch["pixel_values"]
         with pytest.raises(ValueError, match="no images.*`pixel_values`"):
             model(**batch)
+
+    def test_placeholders_without_images_inside_the_vocabulary(self, model, batch, caplog):
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        inputs["input_ids"][inputs["input_ids"] == IMAGE] = model.config.image_token_id = 7
+        logits = model(**inputs).logits  # LLaVA takes it for a token, too
+        assert "no images" in caplog.text
+        inputs_embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
+        assert_close(logits, model(**inputs, inputs_embeds=inputs_embeds).logits)
 
     def test_images_without_placeholders(self, model, batch):
         batch["input_ids"][:] = 5
