@@ -204,6 +204,19 @@ class VWLMMModel(LlavaModel):
         token_ids = torch.arange(self.config.text_config.vocab_size, device=device)
         return self.get_input_embeddings()(token_ids)  # [C, D]
 
+    def resize_token_embeddings(
+        self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True
+    ) -> nn.Embedding:
+        """See `PreTrainedModel.resize_token_embeddings`. Visual words are tokens, so the VM head is resized, too."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self.resize_vm_head(embeddings.num_embeddings, mean_resizing)
+        return embeddings
+
+    def resize_vm_head(self, num_tokens: int, mean_resizing: bool = True) -> None:
+        """Gives the VM head as many rows as there are tokens, new ones near the mean of the old or random."""
+        if self.vm_head.out_features != num_tokens:
+            self.vm_head = self._get_resized_lm_head(self.vm_head, num_tokens, mean_resizing=mean_resizing)
+
     def _embed_tokens(self, input_ids: torch.Tensor) -> torch.Tensor:
         if self.config.image_token_id >= self.config.text_config.vocab_size:
             # The placeholder has no embedding. Any token can stand in, for image features take its place.
@@ -541,11 +554,7 @@ class VWLMMForConditionalGeneration(LlavaForConditionalGeneration):
     ) -> nn.Embedding:
         """See `PreTrainedModel.resize_token_embeddings`. Visual words are tokens, so the VM head is resized, too."""
         embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        vm_head = self.model.vm_head
-        if vm_head.out_features != embeddings.num_embeddings:
-            self.model.vm_head = self._get_resized_lm_head(
-                vm_head, embeddings.num_embeddings, mean_resizing=mean_resizing
-            )
+        self.model.resize_vm_head(embeddings.num_embeddings, mean_resizing)
         return embeddings
 
     def _get_candidate_generator(self, **kwargs) -> CandidateGenerator:

@@ -19,7 +19,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from modeling_vwlmm import VWLMMConfig, VWLMMForConditionalGeneration
+from modeling_vwlmm import VWLMMConfig, VWLMMForConditionalGeneration, VWLMMModel
 from modeling_vwlmm.modeling_vwlmm import get_supervised_image_positions
 from processing_vwlmm import VWLMMProcessor
 from processing_vwlmm.chat_templates_vwlmm import CHAT_TEMPLATES
@@ -690,6 +690,13 @@ class TestResizeTokenEmbeddings:
         model.save_pretrained(tmp_path)
         again = VWLMMForConditionalGeneration.from_pretrained(tmp_path)
         assert_close(again(**batch, visual_objective="visual_words").loss, after.loss)
+
+    def test_base_model(self, vicuna):
+        model = VWLMMModel.from_pretrained(vicuna, use_pseudo_image_features=True)
+        pixel_values = torch.randn(1, 3, *[model.config.vision_config.image_size] * 2)
+        model.resize_token_embeddings(490)
+        assert model.vm_head.out_features == model.config.text_config.vocab_size == 490
+        assert model.get_image_features(pixel_values).pooler_output[0].isfinite().all()
 
     def test_visual_words_may_become_the_new_tokens(self, model):
         model.resize_token_embeddings(496, mean_resizing=False)

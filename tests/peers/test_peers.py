@@ -41,8 +41,9 @@ class ModelTester:
     seq_length = encoder_seq_length = num_image_tokens + 7
     pad_token_id = 1
 
-    def __init__(self, config_class: type, vocab_size: int = 99, image_token_index: int = 0):
+    def __init__(self, config_class: type, vocab_size: int = 99, image_token_index: int = 0, **config):
         self.config_class = config_class
+        self.config = config
         self.vocab_size = vocab_size
         self.image_token_index = image_token_index
         sizes = {
@@ -71,6 +72,7 @@ class ModelTester:
             image_token_index=self.image_token_index,
             image_seq_length=self.num_image_tokens,
             vision_feature_layer=-1,
+            **self.config,
         )
 
     def prepare_config_and_inputs_for_common(self):
@@ -138,6 +140,11 @@ class TestVWLMM(CommonTests, unittest.TestCase):
         # so over CLIP's rules for its MLPs. That is its way with any such model, LLaVA's own code included.
         with patch.object(PreTrainedModel, "is_custom_code", return_value=False):
             super().test_can_init_all_missing_weights()
+
+
+class TestVWLMMWithPseudoImageFeatures(TestVWLMM):
+    def setUp(self):
+        self.model_tester = ModelTester(self.config_class, use_pseudo_image_features=True)
 
 
 class TestLlavaOnText(TextTests, unittest.TestCase):
