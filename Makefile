@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: demo test test-peers test-lmms-eval test-vllm lint bench clean
+.PHONY: demo test test-oldest test-peers test-lmms-eval test-vllm lint bench clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python examples/demo.py
@@ -15,7 +15,7 @@ test: $(VENV)/installed
 test-peers: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/peers --numprocesses 2 -rN --tb=short
 
-# The other end of the range of Transformers in pyproject.toml.
+# The other end of the range of Transformers in pyproject.toml. Its command line imports requests without asking for it.
 OLDEST := transformers==5.19.0
 test-oldest: $(VENV)-oldest/installed
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest --numprocesses 2
@@ -23,7 +23,7 @@ test-oldest: $(VENV)-oldest/installed
 $(VENV)-oldest/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-oldest
 	sed 's/^transformers==.*/$(OLDEST)/' constraints.txt > $(VENV)-oldest/constraints.txt
-	$(VENV)-oldest/bin/python -m pip install --constraint $(VENV)-oldest/constraints.txt --editable '.[dev,examples]'
+	$(VENV)-oldest/bin/python -m pip install --constraint $(VENV)-oldest/constraints.txt --editable '.[dev,examples]' requests
 	touch $@
 
 # vLLM on a CPU. Its torch is a CPU build (2.13.0+cpu), of which pip has to know an index.
