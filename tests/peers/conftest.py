@@ -9,7 +9,7 @@ What fails or is skipped on LLaVA, too, is reported and does not fail the run.
 from collections import Counter, defaultdict
 
 import pytest
-import suite
+import suite  # noqa: F401  (here, so that the download is done before there are workers)
 
 
 YARDSTICKS = {
@@ -21,8 +21,6 @@ outcomes: dict[str, dict[str, str]] = defaultdict(dict)  # class -> test -> how 
 
 
 def pytest_configure(config):
-    # Before the workers start, so that one process downloads.
-    suite.download()
     config.addinivalue_line("filterwarnings", "ignore::pytest.PytestUnknownMarkWarning")  # marks of Transformers
 
 
