@@ -6,7 +6,7 @@ The tests that Transformers runs on every model of its own, importable as the pa
 They are not installed with Transformers. They come from the source distribution of the installed version, which is
 downloaded once into `.cache`. It lacks four modules that they import, and stand-ins take their place:
 
-- `exporters.test_export` and `generation.test_utils`: classes without tests. So the export tests and the generation tests
+- `exporters.test_export` and `generation.test_utils`: classes without tests. So the export and the generation tests
   are NOT run here; tests/test_generation.py tests generation. `test_generation_tester_mixin_inheritance` says nothing.
 - `utils.test_configuration_utils`: a table that no test of a configuration made of others, as these are, reads.
 - `distributed_testing_utils`: how the FSDP tests start their processes, written here for processes on the CPU.
