@@ -136,8 +136,8 @@ class TestVWLMM(CommonTests, unittest.TestCase):
     all_model_classes = (VWLMMModel, VWLMMForConditionalGeneration)
 
     def test_can_init_all_missing_weights(self):
-        # Below a model from outside its own package, Transformers passes over modules without weights of their own, and
-        # so over CLIP's rules for its MLPs. That is its way with any such model, LLaVA's own code included.
+        # Below a model from outside its own package, Transformers passes over modules without weights of their own,
+        # and so over CLIP's rules for its MLPs. That is its way with any such model, LLaVA's own code included.
         with patch.object(PreTrainedModel, "is_custom_code", return_value=False):
             super().test_can_init_all_missing_weights()
 
