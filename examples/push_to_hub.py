@@ -4,7 +4,7 @@ Publishes a checkpoint on the Hugging Face Hub, with a model card. Log in first,
     python examples/push_to_hub.py runs/small_world/stage4 your-name/vwlmm-small-world --license apache-2.0
 
     python examples/push_to_hub.py runs/vicuna_7b/stage4 your-name/vwlmm-vicuna-7b --license llama2 \
-        --dataset liuhaotian/LLaVA-Pretrain liuhaotian/LLaVA-Instruct-150K --metrics results.json
+        --datasets liuhaotian/LLaVA-Pretrain liuhaotian/LLaVA-Instruct-150K --metrics results.json
 
 `--dry_run` writes the card and lists the files, and uploads nothing. `results.json` is what lmms-eval writes, or a list:
 
@@ -84,7 +84,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="folder of a VW-LMM checkpoint")
     parser.add_argument("repo_id", help="repository on the Hub, 'owner/name'; made if it does not exist")
     parser.add_argument("--license", help="license of the weights, as the Hub names it: 'apache-2.0', 'llama2'")
-    parser.add_argument("--datasets", "--dataset", nargs="+", help="ids on the Hub of what it was trained on")
+    parser.add_argument("--datasets", nargs="+", help="ids on the Hub of what it was trained on")
     parser.add_argument(
         "--base_model",
         nargs="*",
