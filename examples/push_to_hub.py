@@ -36,18 +36,29 @@ def check_is_complete(folder: Path) -> None:
 
     Raises:
         FileNotFoundError: Naming what is missing: config, weights, processor, tokenizer, or custom code.
-        ValueError: If the checkpoint is of another architecture.
+        ValueError: If the checkpoint is of another architecture, names no custom code, or has two sets of weights.
     """
     config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
     if config.get("model_type", VWLMMConfig.model_type) != VWLMMConfig.model_type:
         raise ValueError(f"{folder} has the model type {config['model_type']!r}; expected {VWLMMConfig.model_type!r}.")
     expected = ["config.json", "processor_config.json", "tokenizer_config.json", "tokenizer.json"]
     index = folder / "model.safetensors.index.json"
+    if index.is_file() and (folder / "model.safetensors").is_file():
+        raise ValueError(
+            f"{folder} has both model.safetensors and {index.name}. Transformers loads model.safetensors alone; remove "
+            "what is not of this checkpoint."
+        )
     expected += set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else ["model.safetensors"]
     for name in expected:  # which grows: code files import others
         file = folder / name
         if name in ("config.json", "processor_config.json") and file.is_file():
-            modules = {reference.split(".")[0] for reference in json.loads(file.read_text())["auto_map"].values()}
+            auto_map = json.loads(file.read_text()).get("auto_map")
+            if not auto_map:
+                raise ValueError(
+                    f"{file} has no `auto_map`, by which Transformers finds the custom code. Save it again with this "
+                    "package, `model.save_pretrained` and `processor.save_pretrained`."
+                )
+            modules = {reference.split(".")[0] for reference in auto_map.values()}
         else:
             modules = get_relative_imports(file) if name.endswith(".py") and file.is_file() else ()
         expected += [f"{module}.py" for module in sorted(modules) if f"{module}.py" not in expected]
@@ -105,7 +116,12 @@ def main(args: list[str] | None = None) -> None:
         return
     api = HfApi()
     api.create_repo(repo_id, private=private, exist_ok=True)
-    api.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=IGNORED)
+    api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        ignore_patterns=IGNORED,
+        delete_patterns=["*.safetensors", "*.safetensors.index.json"],  # earlier weights would stay
+    )
     print(f"{api.endpoint}/{repo_id}")
 
 

@@ -43,7 +43,8 @@ POPE = {
 LMMS_EVAL = {
     "results": {
         "gqa": {"alias": "gqa", "exact_match,none": 0.61, "exact_match_stderr,none": 0.004, "submission,none": []},
-        "local": {"alias": "local", "acc,none": 1.0, "acc_stderr,none": "N/A"},
+        "local": {"alias": "local", "acc,none": 1.0, "acc_stderr,none": "N/A", "acc,strict": 0.5},
+        "group": {"alias": "group", "acc,none": 0.8, "acc_stderr,none": 0.01},
     },
     "configs": {
         "gqa": {"dataset_path": "lmms-lab/GQA", "dataset_name": "testdev_balanced", "test_split": "testdev"},
@@ -70,14 +71,19 @@ class Hub(BaseHTTPRequestHandler):
         else:
             repo_id = self.path.removeprefix("/api/models/").split("/commit/")[0]
             for line in map(json.loads, body.splitlines()):
+                name = f"/{repo_id}/resolve/main/{line['value'].get('path')}"
                 if line["key"] == "file":
-                    content = base64.b64decode(line["value"]["content"])
-                    self.server.files[f"/{repo_id}/resolve/main/{line['value']['path']}"] = content
+                    self.server.files[name] = base64.b64decode(line["value"]["content"])
+                elif line["key"] == "deletedFile":
+                    del self.server.files[name]
             self.answer({"commitUrl": f"{self.server.url}/{repo_id}/commit/{COMMIT}", "commitOid": COMMIT})
 
     def do_GET(self):
         content = self.server.files.get(self.path.replace(COMMIT, "main"))
-        if content is None:
+        if self.path.startswith("/api/models/") and "/tree/main?" in self.path:
+            names = uploaded(self.server, self.path.removeprefix("/api/models/").split("/tree/")[0])
+            self.answer([{"type": "file", "path": name, "size": 0, "oid": COMMIT} for name in names])
+        elif content is None:
             self.answer({}, status=404, headers={"X-Error-Code": "EntryNotFound"})
         else:
             self.answer(content, headers={"ETag": hashlib.sha1(content).hexdigest()})
@@ -140,7 +146,9 @@ def folder(vicuna, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def published(hub, folder) -> str:
-    """The card on the Hub, after the script has run."""
+    """The card on the Hub, after the script has run. An earlier upload was of sharded weights."""
+    for name in ("model-00001-of-00001.safetensors", "model.safetensors.index.json"):
+        hub.files[f"/me/vwlmm/resolve/main/{name}"] = b"earlier"
     (folder.parent / "results.json").write_text(json.dumps([POPE]))
     arguments = ["--license", "llama2", "--datasets", "a/captions", "b/conversations", "--metrics", "results.json"]
     subprocess.run(
@@ -167,7 +175,7 @@ def checkpoint(folder, tmp_path) -> Path:
 
 
 class TestScript:
-    def test_uploads_the_checkpoint_and_nothing_else(self, hub, folder, published):
+    def test_repository_holds_the_checkpoint_and_nothing_else(self, hub, folder, published):
         files = uploaded(hub, "me/vwlmm")
         assert files.keys() == CODE_FILES | OTHER_FILES | {"README.md"}
         assert all(content == (folder / name).read_bytes() for name, content in files.items())
@@ -224,6 +232,19 @@ class TestScript:
         (checkpoint / "config.json").write_text(json.dumps({**config, "model_type": "llava"}))
         with pytest.raises(ValueError, match="has the model type 'llava'; expected 'vwlmm'"):
             push_to_hub([str(checkpoint), "me/llava"])
+
+    def test_two_sets_of_weights(self, push_to_hub, checkpoint):
+        (checkpoint / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+        with pytest.raises(ValueError, match="loads model.safetensors alone; remove what is not of this checkpoint"):
+            push_to_hub([str(checkpoint), "me/incomplete"])
+
+    @pytest.mark.parametrize("name", ["config.json", "processor_config.json"])
+    def test_no_custom_code(self, push_to_hub, checkpoint, name):
+        config = json.loads((checkpoint / name).read_text())
+        del config["auto_map"]
+        (checkpoint / name).write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=rf"checkpoint/{name} has no `auto_map`.* Save it again"):
+            push_to_hub([str(checkpoint), "me/incomplete"])
 
     def test_missing_shard(self, push_to_hub, checkpoint, model):
         (checkpoint / "model.safetensors").unlink()
@@ -309,8 +330,46 @@ class TestTrainer:
         trainer = make_trainer(peft_config=LoraConfig(target_modules=["q_proj"]))
         trainer.save_model()  # PEFT writes a card of its own
         trainer.create_model_card()
-        data = ModelCard.load(tmp_path / "run" / "README.md").data
-        assert (data.library_name, data.base_model) == ("peft", None)
+        card = ModelCard.load(tmp_path / "run" / "README.md")
+        assert (card.data.library_name, card.data.base_model) == ("peft", None)
+        assert '"BASE CHECKPOINT"' in card.text
+
+    def test_adapter_runs_from_the_hub(self, make_trainer, model, processor, online, published, tmp_path):
+        """DoRA, whose magnitudes take part; the snippet's answer is that of the model that was trained."""
+        model.config.name_or_path = "me/vwlmm"
+        trainer = make_trainer(
+            peft_config=LoraConfig(
+                target_modules=r"model\.language_model\..*_proj", use_dora=True, init_lora_weights=False
+            )
+        )
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_magnitude_vector" in name:
+                parameter.data *= 1 + torch.arange(len(parameter)) % 2
+        trainer.push_to_hub()
+
+        text = ModelCard(uploaded(online, "me/trained")["README.md"].decode()).text
+        assert "An adapter: it needs torch, Transformers, PEFT, Pillow and the checkpoint" in text
+        assert not any(claim in text for claim in ("its own code", "pipeline", "## Training stages"))
+        (snippet,) = snippets(text)
+        make_image(3).save(tmp_path / "image.jpg")
+        printed = run_without_package(snippet, tmp_path, **environment(online, tmp_path))
+
+        content = [
+            {"type": "image", "path": str(tmp_path / "image.jpg")},
+            {"type": "text", "text": "Describe the image."},
+        ]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        output = trainer.model.eval().generate(**inputs, max_new_tokens=64)
+        answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert printed == answer + "\n"
+        with trainer.model.disable_adapter():
+            assert not torch.equal(trainer.model.generate(**inputs, max_new_tokens=64), output)
 
 
 class TestCard:
@@ -381,7 +440,7 @@ class TestCard:
 class TestResults:
     def test_lmms_eval(self, tmp_path):
         (tmp_path / "results.json").write_text(json.dumps(LMMS_EVAL))
-        gqa, local = read_eval_results(tmp_path / "results.json")
+        gqa, local, strict = read_eval_results(tmp_path / "results.json")  # a group is no dataset
         assert (gqa.dataset_type, gqa.dataset_config, gqa.dataset_split) == (
             "lmms-lab/GQA",
             "testdev_balanced",
@@ -390,8 +449,9 @@ class TestResults:
         assert (gqa.metric_type, gqa.metric_value, gqa.dataset_args) == ("exact_match", 0.61, None)
         # No dataset of the Hub, and only some of its samples.
         assert (local.dataset_type, local.dataset_name, local.dataset_args) == ("local", "local", {"num_samples": 8})
-        card = ModelCard(str(make_model_card(VWLMMConfig(), "me/vwlmm", eval_results=[gqa, local])))
-        assert card.data.eval_results == [gqa, local]
+        assert [(r.metric_type, r.metric_value) for r in (local, strict)] == [("acc", 1.0), ("acc,strict", 0.5)]
+        card = ModelCard(str(make_model_card(VWLMMConfig(), "me/vwlmm", eval_results=[gqa, local, strict])))
+        assert card.data.eval_results == [gqa, local, strict]
 
     @pytest.mark.parametrize("content", [{"colour": 0.9}, [{"dataset_name": "POPE"}], ["POPE"], 0.9])
     def test_anything_else(self, tmp_path, content):

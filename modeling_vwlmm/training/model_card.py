@@ -22,7 +22,8 @@ MODULES = {ADAPTER: "adapter", DECODER: "decoder", MM_HEAD: "MM head", VM_HEAD: 
 
 TRAINING_HEADING = "## Training procedure"  # as in TRL's cards
 # Transformers' cards have such a comment, too: a card without it is no draft any more.
-DRAFT = "<!-- Written automatically. Proofread and complete this card, then remove this comment: it will keep your text. -->"
+DRAFT = """<!-- Written automatically. Proofread and complete this card, then remove this comment:
+examples/push_to_hub.py then keeps your text, a training run into this folder does not. -->"""
 TEMPLATE = (
     "---\n{{ card_data }}\n---\n\n"
     + DRAFT
@@ -40,7 +41,10 @@ language model's vocabulary, its visual words.
 
 ## Usage
 
-The repository carries its own code. It needs torch, Transformers{{ ", PEFT" if library_name == "peft" }} and Pillow.
+{% if library_name == "peft" -%}
+An adapter: it needs torch, Transformers, PEFT, Pillow and the checkpoint that it was trained on.
+{%- else -%}
+The repository carries its own code. It needs torch, Transformers and Pillow.
 
 ```python
 from transformers import pipeline
@@ -59,12 +63,23 @@ print(vwlmm(text=messages, return_full_text=False)[0]["generated_text"])
 ```
 
 The same with model and processor at hand{{ ", and the visual words of the image" if 3 in stages }}:
+{%- endif %}
 
 ```python
+{% if library_name == "peft" -%}
+from peft import PeftModel
+{% endif -%}
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+{% if library_name == "peft" -%}
+base_id = "{{ base_model[0] if base_model else "BASE CHECKPOINT" }}"  # what the adapter was trained on
+base = AutoModelForImageTextToText.from_pretrained(base_id, trust_remote_code=True)
+model = PeftModel.from_pretrained(base, "{{ repo_id }}")  # loaded by Transformers alone, DoRA would lose its magnitudes
+processor = AutoProcessor.from_pretrained(base_id, trust_remote_code=True)
+{% else -%}
 model = AutoModelForImageTextToText.from_pretrained("{{ repo_id }}", trust_remote_code=True)
 processor = AutoProcessor.from_pretrained("{{ repo_id }}", trust_remote_code=True)
+{% endif -%}
 content = [{"type": "image", "image": "image.jpg"}, {"type": "text", "text": "Describe the image."}]
 inputs = processor.apply_chat_template(
     [{"role": "user", "content": content}],
@@ -169,12 +184,14 @@ def make_model_card(
         return previous
     if training_procedure is None and previous is not None:
         training_procedure = read_training_procedure(previous)
+    # An adapter trains weights of its own in place of a stage's modules.
+    stages = [] if data.library_name == "peft" else config.trained_stages
     return ModelCard.from_template(
         data,
         template_str=TEMPLATE,
         name=name,
         repo_id=repo_id,
-        stages={number: describe_stage(number) for number in config.trained_stages},
+        stages={number: describe_stage(number) for number in stages},
         results=data.eval_results,
         training_procedure=training_procedure,
     )
@@ -221,6 +238,7 @@ def read_eval_results(file: str | Path) -> list[EvalResult]:
         return [
             _from_lmms_eval(content, task, name, value)
             for task, values in content["results"].items()
+            if task in content["configs"]  # else a group, a mean over tasks
             for name, value in values.items()
             if isinstance(value, int | float) and "_stderr" not in name
         ]
@@ -241,7 +259,7 @@ def _from_lmms_eval(content: dict, task: str, name: str, value: float) -> EvalRe
         dataset_config=config.get("dataset_name"),
         dataset_split=config.get("test_split"),
         dataset_args={"num_samples": num_samples["effective"]} if is_limited else None,
-        metric_type=name.split(",")[0],
+        metric_type=name.removesuffix(",none"),  # another filter of the answers is another metric
         metric_value=value,
         source_name="lmms-eval",
         source_url="https://github.com/EvolvingLMMs-Lab/lmms-eval",
