@@ -120,7 +120,7 @@ def main(args: list[str] | None = None) -> None:
         repo_id=repo_id,
         folder_path=folder,
         ignore_patterns=IGNORED,
-        delete_patterns=["*.safetensors", "*.safetensors.index.json"],  # earlier weights would stay
+        delete_patterns=["model*.safetensors", "model.safetensors.index.json"],  # earlier weights would stay
     )
     print(f"{api.endpoint}/{repo_id}")
 

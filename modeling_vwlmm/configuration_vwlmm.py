@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configuration of VW-LMM."""
 
+import os
+
 from huggingface_hub.dataclasses import strict
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from transformers.models.llava.configuration_llava import LlavaConfig
@@ -62,6 +64,14 @@ class VWLMMConfig(LlavaConfig):
             self.image_token_index = self.text_config.vocab_size
         self.trained_stages = self.trained_stages or []
         self.auto_map = dict(AUTO_MAP)
+
+    def to_dict(self) -> dict:
+        """See `PreTrainedConfig.to_dict`. Parts keep their names on the Hub, and no folder of this machine."""
+        fields = super().to_dict()
+        for part in (fields["text_config"], fields["vision_config"]):
+            if os.path.exists(part.get("_name_or_path", "")):
+                part["_name_or_path"] = ""
+        return fields
 
 
 VWLMMConfig.register_for_auto_class("AutoConfig")

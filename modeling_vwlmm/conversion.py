@@ -126,8 +126,7 @@ def _is_mistral(official: dict) -> bool:
 def _convert_config(official: dict, vision_tower: str) -> VWLMMConfig:
     vision_config = AutoConfig.from_pretrained(vision_tower)
     vision_config = getattr(vision_config, "vision_config", vision_config)
-    # A folder of this machine is nothing that config.json should carry along.
-    vision_config.name_or_path = "" if Path(vision_tower).exists() else vision_tower
+    vision_config.name_or_path = vision_tower
     text_config_class = MistralConfig if _is_mistral(official) else LlamaConfig
     fields = {"rope_theta", "rope_scaling", *text_config_class().to_dict()} - {"architectures", "dtype", "model_type"}
     text_config = text_config_class(**{field: official[field] for field in fields if field in official})

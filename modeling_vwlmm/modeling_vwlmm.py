@@ -7,7 +7,6 @@ Shapes: `B` batch, `L` sequence length, `I` images, `N` image tokens of one imag
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -237,7 +236,7 @@ class VWLMMModel(LlavaModel):
         images = self.get_image_features(pixel_values, freeze_image_features=freeze_image_features)
         return 0.0 * torch.cat(tuple(images.pooler_output)).sum()
 
-    def _check_no_placeholder(self, input_ids: torch.Tensor | None) -> None:
+    def _check_no_placeholder(self, input_ids: torch.Tensor | None, in_lockstep: bool) -> None:
         # A decoding step feeds one token, its own: the check would only make the device wait.
         if input_ids is None or input_ids.shape[1] == 1:
             return
@@ -247,10 +246,11 @@ class VWLMMModel(LlavaModel):
             f"Found image tokens (id {image_token_id}) in `input_ids`, but no images. Pass `pixel_values`, as the "
             "processor returns them."
         )
-        if image_token_id >= self.config.text_config.vocab_size:
+        if image_token_id >= self.config.text_config.vocab_size or in_lockstep:
             torch_compilable_check(is_text.all(), message)
         elif not torch.compiler.is_compiling() and not is_text.all():
-            # Inside the vocabulary the placeholder has an embedding, which LLaVA's code would read in silence.
+            # Inside the vocabulary the placeholder has an embedding, which LLaVA's code reads in silence. Nobody should
+            # train on it.
             logger.warning_once(message)
 
     def get_placeholder_mask(
@@ -355,7 +355,7 @@ class VWLMMModel(LlavaModel):
         if inputs_embeds is None:
             inputs_embeds = self._embed_tokens(input_ids)  # [B, L, D]
         if images is None:
-            self._check_no_placeholder(input_ids)
+            self._check_no_placeholder(input_ids, in_lockstep)
             inputs_embeds = inputs_embeds + nothing
         else:
             image_embeds = torch.cat(images.pooler_output).to(inputs_embeds.device, inputs_embeds.dtype)  # [I * N, D]
@@ -472,9 +472,6 @@ class VWLMMForConditionalGeneration(LlavaForConditionalGeneration):
         decoder, lm_head = text.get_decoder(), text.get_output_embeddings()
         _check_parts(vision, text)
         vision.to(text.dtype)
-        for part in (vision, text):
-            if Path(part.config.name_or_path).exists():
-                part.config.name_or_path = ""  # a folder of this machine, which config.json would carry along
 
         has_class_token = any(name.endswith(("class_embedding", "cls_token")) for name, _ in vision.named_parameters())
         config = {
@@ -566,6 +563,7 @@ class VWLMMForConditionalGeneration(LlavaForConditionalGeneration):
         def get_candidates(input_ids, **kwargs):
             text_ids = input_ids.masked_fill(input_ids == self.config.image_token_id, 0)  # [1, L]
             candidate_ids, candidate_logits = propose(text_ids, **kwargs)  # [1, L + candidates]
+            candidate_ids = candidate_ids.masked_fill(candidate_ids == self.config.image_token_id, 0)
             candidate_ids[:, : input_ids.shape[1]] = input_ids
             return candidate_ids, candidate_logits
 

@@ -134,7 +134,10 @@ class TestModel:
         ("change", "message"),
         [
             (lambda name, w: {}, rf"config\.json announces 1 tensors that the weights beside it lack, {TENSOR}"),
-            (lambda name, w: {name: w, "x." + name: w.clone()}, rf"model\.safetensors has tensors.* 1 in all, x\.{TENSOR}"),
+            (
+                lambda name, w: {name: w, "x." + name: w.clone()},
+                rf"model\.safetensors has tensors.* 1 in all, x\.{TENSOR}",
+            ),
             (
                 lambda name, w: {
                     "language_model.model." + name.removeprefix("model.language_model."): w[:, 1:].clone()
@@ -179,6 +182,13 @@ class TestModel:
         torch.save({**weights, "x": Path("x")}, folder / "pytorch_model.bin")
         with pytest.raises(ValueError, match=r"pytorch_model\.bin holds more than tensors"):
             VWLMMForConditionalGeneration.from_llava(folder)
+
+    def test_takes_what_from_pretrained_takes(self, tmp_path, processor):
+        expected = forward(VWLMMForConditionalGeneration.from_llava(make_llava(tmp_path / "llava", processor)))
+        model = VWLMMForConditionalGeneration.from_llava(
+            str(tmp_path), subfolder="llava", dtype=torch.float64, ignore_mismatched_sizes=False
+        )
+        assert torch.allclose(forward(model), expected.double(), atol=1e-5)
 
     def test_another_architecture(self, tmp_path, processor):
         folder = make_llava(tmp_path / "llava", processor)

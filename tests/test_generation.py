@@ -178,6 +178,17 @@ class TestAssistedDecoding:
         answer = generate(model, inputs, prompt_lookup_num_tokens=3, min_new_tokens=None)
         assert torch.equal(answer, generate(model, inputs, min_new_tokens=None))
 
+    def test_proposals_of_a_decoder_hold_no_placeholder(self, model, prompts):
+        # Inside the vocabulary the placeholder is a token that a text-only decoder may well propose.
+        model.config.image_token_id = 7
+        inputs = {"input_ids": torch.tensor([[1, *[7] * 16, 8, 9]]), "pixel_values": prompts["pixel_values"][:1]}
+        assistant = AutoModelForCausalLM.from_config(model.config.text_config).eval()
+        assistant.lm_head.register_forward_hook(
+            lambda module, args, logits: logits.index_fill(-1, torch.tensor(7), 1e4)
+        )
+        answer = generate(model, inputs, assistant_model=assistant, min_new_tokens=None)
+        assert torch.equal(answer, generate(model, inputs, min_new_tokens=None))
+
     @pytest.mark.parametrize("kind", ["decoder", "vwlmm"])
     def test_smaller_model_that_sees_no_image(self, model, prompts, kind):
         config = copy.deepcopy(model.config)

@@ -520,6 +520,8 @@ class TestBadInput:
         assert "no images" in caplog.text
         inputs_embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
         assert_close(logits, model(**inputs, inputs_embeds=inputs_embeds).logits)
+        with pytest.raises(ValueError, match="no images.*`pixel_values`"):
+            model(input_ids=torch.tensor([[1, 7, 8]]), labels=torch.tensor([[1, 7, 8]]))  # nothing to learn from
 
     def test_images_without_placeholders(self, model, batch):
         batch["input_ids"][:] = 5
@@ -653,6 +655,16 @@ class TestFromVisionTextPretrainedOptions:
             str(tmp_path / "vision"), str(tmp_path / "text"), dtype=torch.bfloat16
         )
         assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+    def test_config_names_no_folder_of_this_machine(self, tmp_path):
+        vision, text = tiny_vision("clip"), tiny_text("llama")
+        vision.config.name_or_path, text.config.name_or_path = str(tmp_path), "owner/name"
+        model = VWLMMForConditionalGeneration.from_vision_text_pretrained(vision, text)
+        model.save_pretrained(tmp_path / "saved")
+        config = (tmp_path / "saved" / "config.json").read_text()
+        assert str(tmp_path) not in config
+        assert "owner/name" in config
+        assert vision.config.name_or_path == str(tmp_path)  # which the processor reads
 
     def test_head_with_a_bias_is_an_error(self):
         text = AutoModelForCausalLM.from_config(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=100))

@@ -121,6 +121,7 @@ class VWLMM(lmms):
                 ).to(self.device, self.model.dtype)
                 arguments = {"max_new_tokens": 1024, "do_sample": False, **batch[0].args[2]}
                 until = arguments.pop("until", None) or []
+                arguments.pop("image_aspect_ratio", None)  # LLaVA's, while our processor reads images in one way
                 output = self.model.generate(**inputs, **arguments)  # [B, L + new]
                 texts = self.processor.batch_decode(
                     output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
