@@ -169,19 +169,18 @@ def prepare_stage(size: str, stage: int):
 
 
 def make_mixed_batch(size: str) -> dict[str, torch.Tensor]:
-    """Three samples of unequal length, one of them text only, padded on the right; all text is supervised."""
+    """A sample of an image and text and one of text alone, padded on the right; all text is supervised."""
     _, _, vocab_size, side, num_text = MODEL_SIZES[size]
     generator = torch.Generator().manual_seed(0)
-    image = torch.full((side**2,), vocab_size)
-    texts = [torch.randint(3, vocab_size, (num_text * n,), generator=generator) for n in (1, 4, 2)]
-    rows = [torch.cat([text[:2], image, text[2:]]) if index != 1 else text for index, text in enumerate(texts)]
+    text, longer = (torch.randint(3, vocab_size, (n,), generator=generator) for n in (num_text, 3 * num_text))
+    rows = [torch.cat([text[:2], torch.full((side**2,), vocab_size), text[2:]]), longer]
     input_ids = pad_sequence(rows, batch_first=True)  # [B, L]
     attention_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)  # [B, L]
     return {
         "input_ids": input_ids,
         "labels": input_ids.masked_fill((attention_mask == 0) | (input_ids == vocab_size), -100),
         "attention_mask": attention_mask,
-        "pixel_values": torch.randn(2, 3, 14 * side, 14 * side, generator=generator),
+        "pixel_values": torch.randn(1, 3, 14 * side, 14 * side, generator=generator),
     }
 
 

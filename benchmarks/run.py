@@ -63,19 +63,19 @@ CUDA_COMPARISONS = (
 
 
 def seconds_of_step(case: str, size: str) -> float:
-    """Seconds of one step, after a first that warms up."""
+    """Median seconds of one step, over steps that take a second together, after a first that warms up."""
     import torch
     from cases import CASES
 
     step = CASES[case](size)
-    step()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    step()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    seconds = []
+    while sum(seconds[1:]) < 1:
+        start = time.perf_counter()
+        step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
 
 
 def bytes_of_step(case: str, size: str) -> int:
