@@ -64,8 +64,9 @@ def _check_tensors(name_or_path: str, loading: dict, **where) -> None:
         )
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(
-            f"{cached_file(name_or_path, 'config.json', **where)} announces {len(missing)} tensors that the weights beside it "
-            f"lack, {missing[0]} among them. Is a file of weights missing, or is this the config of another checkpoint?"
+            f"{cached_file(name_or_path, 'config.json', **where)} announces {len(missing)} tensors that the weights "
+            f"beside it lack, {missing[0]} among them. Is a file of weights missing, or is this the config of another "
+            "checkpoint?"
         )
     for name, found, expected in sorted(loading["mismatched_keys"]):
         # Layouts differ in what stands before the module's own path.
