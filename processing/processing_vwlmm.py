@@ -167,8 +167,8 @@ class VWLMMProcessor(LlavaProcessor):
                 if placeholders != found:
                     raise ValueError(
                         f"{f'Sample {index}' if by_sample else 'The prompts'}: found {placeholders} `{self.image_token}` and "
-                        f"{found} images, expected as many of one as of the other. Write the placeholder once for each image; "
-                        f"for the literal text `{self.image_token}`, pass messages to `apply_chat_template`."
+                        f"{found} images, expected as many of one as of the other. Write the placeholder once for each "
+                        f"image, and pass them all; for the literal text `{self.image_token}`, pass messages to `apply_chat_template`."
                     )
         super().validate_inputs(images=images, text=text, **kwargs)
 
