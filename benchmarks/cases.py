@@ -241,17 +241,20 @@ def stage_step_written_out(size: str, stage: int) -> Step:
     return step
 
 
+def scale_size(size: str) -> tuple[int, int, int]:
+    """Positions, hidden size and vocabulary that cost is scaled from. At full size, chunks fill their budget."""
+    num_positions, hidden_size, vocab_size = LOSS_SIZES[size]
+    return 8 * num_positions // 3, hidden_size // 2, vocab_size // 4
+
+
 def scaled_kl(positions: int, vocabulary: int) -> Callable[[str], Step]:
-    """
-    The fused KL over 8 / 3 of the size's positions, half of its hidden size and a quarter of its vocabulary, times the
-    two factors: at full size, chunks fill their budget in all cases.
-    """
+    """The fused KL over so many times the positions and the vocabulary."""
 
     def case(size: str) -> Step:
         from modeling_vwlmm import linear_kl_div
 
-        num_positions, hidden_size, vocab_size = LOSS_SIZES[size]
-        inputs = loss_inputs(8 * num_positions // 3 * positions, hidden_size // 2, vocab_size // 4 * vocabulary)
+        num_positions, hidden_size, vocab_size = scale_size(size)
+        inputs = loss_inputs(num_positions * positions, hidden_size, vocab_size * vocabulary)
         return lambda: backward(linear_kl_div(*inputs), *inputs[:2])
 
     return case

@@ -157,13 +157,10 @@ def row(comparison: Comparison, seconds: dict[str, float], memory: dict[str, flo
 
 def gradient_growth(size: str) -> dict[str, int]:
     """Bytes by which the gradients grow with eight times the positions, and with four times the vocabulary."""
-    from cases import LOSS_SIZES
+    from cases import scale_size
 
-    num_positions, hidden_size, vocab_size = LOSS_SIZES[size]
-    return {
-        "hidden states": 7 * (8 * num_positions // 3) * hidden_size // 2 * 4,
-        "head": 3 * vocab_size // 4 * hidden_size // 2 * 4,
-    }
+    num_positions, hidden_size, vocab_size = scale_size(size)
+    return {"hidden states": 7 * num_positions * hidden_size * 4, "head": 3 * vocab_size * hidden_size * 4}
 
 
 def main() -> None:

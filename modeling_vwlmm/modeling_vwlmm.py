@@ -738,8 +738,10 @@ class VWLMMForConditionalGeneration(LlavaForConditionalGeneration):
             output.num_image_positions = is_image.sum()
             image_scale = visual_loss_weight / _count(num_image_items_in_batch, output.num_image_positions)
 
-        # Read here, inside this module's own forward, where DeepSpeed ZeRO-3 gathers what other modules hold.
-        mm_head, vm_head = self.lm_head.weight, self.model.vm_head.weight  # [C, D]
+        # Read here, inside this module's own forward, where DeepSpeed ZeRO-3 gathers what other modules hold. Without a
+        # visual loss nothing meets the VM head, and reading it would gather it in vain.
+        mm_head = self.lm_head.weight  # [C, D]
+        vm_head = mm_head if visual_objective is None else self.model.vm_head.weight  # [C, D]
         if (mm_head.is_meta or vm_head.is_meta) and not hidden_states.is_meta:
             raise ValueError(
                 "The heads' weights are offloaded, and this loss reads them. Load the model with a `device_map` that "

@@ -198,3 +198,14 @@ def count(counter: dict[str, int], name: str) -> None:
 def test_shapes_that_do_not_fit_are_an_error(change):
     with pytest.raises(ValueError, match="student positions"):
         linear_loss(**{**make_inputs(), **change})
+
+
+@pytest.mark.parametrize("most", [3, 15, 16, 40, 393])
+@pytest.mark.parametrize(("start", "stop"), [(0, 0), (5, 6), (7, 47), (0, 1152), (3, 1000)])
+def test_chunks_hold_every_position_once_in_multiples_of_16(start, stop, most):
+    chunks = loss_vwlmm._chunks(start, stop, most)
+    assert [position for rows in chunks for position in range(rows.start, rows.stop)] == list(range(start, stop))
+    sizes = [rows.stop - rows.start for rows in chunks]
+    assert all(0 < size <= most for size in sizes)
+    assert all(size == sizes[0] for size in sizes[:-1])
+    assert most < 16 or all(size % 16 == 0 for size in sizes[:-1])

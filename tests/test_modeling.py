@@ -453,6 +453,11 @@ class TestForward:
         for a, b in zip(as_tuple, as_dict.to_tuple(), strict=True):
             assert_close(a, b)
 
+    def test_language_loss_does_not_touch_the_vm_head(self, model, batch):
+        expected = model(**batch, logits_to_keep=1).loss
+        del model.model.vm_head
+        assert torch.equal(model(**batch, logits_to_keep=1).loss, expected)
+
     def test_order_of_the_outputs(self, model, batch):
         output = model(**batch)
         assert list(output)[:3] == ["loss", "logits", "past_key_values"]
