@@ -101,7 +101,9 @@ def explain_unreadable(file: Path) -> Iterator[None]:
         raise
     except UNREADABLE as error:
         # What begins neither as a zip file nor as a pickle is another file under this name, such as a Git LFS pointer.
-        if isinstance(error, UnpicklingError) and file.open("rb").read(1) in (b"P", b"\x80"):
+        with file.open("rb") as content:
+            is_pickle = content.read(1) in (b"P", b"\x80")
+        if isinstance(error, UnpicklingError) and is_pickle:
             raise ValueError(
                 f"{file} holds more than tensors, and reading it could run any code. Ask its authors for safetensors."
             ) from error
