@@ -20,6 +20,7 @@ CODE_FILES = {
     "kernels_vwlmm.py",
     "llava_vwlmm.py",
     "loss_vwlmm.py",
+    "outputs_vwlmm.py",
     "processing_vwlmm.py",
     "chat_templates_vwlmm.py",
 }
