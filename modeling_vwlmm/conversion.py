@@ -24,8 +24,8 @@ from transformers.utils import logging
 
 from processing_vwlmm import VWLMMProcessor
 
+from .assembly import explain_unreadable
 from .configuration_vwlmm import VWLMMConfig
-from .llava_vwlmm import explain_unreadable
 from .modeling_vwlmm import VWLMMForConditionalGeneration
 
 

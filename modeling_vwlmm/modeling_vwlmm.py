@@ -6,13 +6,14 @@ Shapes: `B` batch, `L` sequence length, `I` images, `N` image tokens of one imag
 `C` vocabulary size of the LLM.
 """
 
+from importlib import import_module
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation import CandidateGenerator
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -26,15 +27,11 @@ from transformers.utils import TransformersKwargs, logging, torch_compilable_che
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_vwlmm import VWLMMConfig
-from .llava_vwlmm import load_llava
 from .loss_vwlmm import linear_loss
 from .outputs_vwlmm import VisualWordsOutput, VWLMMCausalLMOutputWithPast, VWLMMImageFeaturesOutput
 
 
 logger = logging.get_logger(__name__)
-
-# Fields of LLaVA's config.json that say what a checkpoint is, and are not passed on to another architecture.
-NOT_OF_VWLMM = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path")
 
 
 def get_supervised_image_positions(
@@ -409,28 +406,8 @@ class VWLMMForConditionalGeneration(LlavaForConditionalGeneration):
         ... )
         ```
         """
-        dtype = config.pop("dtype", "auto")
-        if not isinstance(vision, PreTrainedModel):
-            vision_config = AutoConfig.from_pretrained(vision)
-            vision_config = getattr(vision_config, "vision_config", vision_config)
-            vision = AutoModel.from_pretrained(vision, config=vision_config, dtype=dtype)
-        if not isinstance(text, PreTrainedModel):
-            text = AutoModelForCausalLM.from_pretrained(text, dtype=dtype)
-        decoder, lm_head = text.get_decoder(), text.get_output_embeddings()
-        _check_parts(vision, text)
-        vision.to(text.dtype)
-
-        has_class_token = any(name.endswith(("class_embedding", "cls_token")) for name, _ in vision.named_parameters())
-        config = {
-            "vision_feature_select_strategy": "default" if has_class_token else "full",
-            "dtype": text.dtype,
-            **config,
-        }
-        keeps_class_token = has_class_token and config["vision_feature_select_strategy"] == "full"
-        num_patches = (vision.config.image_size // vision.config.patch_size) ** 2
-        config.setdefault("image_seq_length", num_patches + keeps_class_token)
-        config = VWLMMConfig(vision_config=vision.config, text_config=text.config, **config)
-        return cls._assemble(config, vision, decoder, lm_head, generation_config=text.generation_config)
+        # Not a relative import: it would make the file travel with every checkpoint.
+        return import_module("modeling_vwlmm.assembly").from_vision_text_pretrained(cls, vision, text, **config)
 
     @classmethod
     def from_llava(cls, name_or_path: str, **kwargs) -> "VWLMMForConditionalGeneration":
@@ -455,36 +432,7 @@ class VWLMMForConditionalGeneration(LlavaForConditionalGeneration):
         >>> model = VWLMMForConditionalGeneration.from_llava("llava-hf/llava-1.5-7b-hf")
         ```
         """
-        llava = load_llava(name_or_path, **kwargs)
-        fields = {name: value for name, value in llava.config.to_dict().items() if name not in NOT_OF_VWLMM}
-        return cls._assemble(
-            VWLMMConfig(**fields, trained_stages=[1, 2]),
-            llava.model.vision_tower,
-            llava.model.language_model,
-            llava.lm_head,
-            llava.model.multi_modal_projector,
-            generation_config=llava.generation_config,
-        )
-
-    @classmethod
-    def _assemble(cls, config, vision_tower, language_model, lm_head, adapter=None, *, generation_config):
-        # Only what is new is made: everything else is built on no device, then put in place.
-        with torch.device("meta"):
-            model = cls(config)
-        model.model.vision_tower = vision_tower
-        model.model.language_model = language_model
-        model.lm_head = lm_head
-        new_modules = [model.model.vm_head]
-        if adapter is None:
-            new_modules += model.model.multi_modal_projector.modules()
-        else:
-            model.model.multi_modal_projector = adapter
-        for module in new_modules:
-            if isinstance(module, nn.Linear):
-                module.to_empty(device=lm_head.weight.device).to(lm_head.weight.dtype).reset_parameters()
-        model.tie_weights()
-        model.generation_config = generation_config
-        return model.eval()
+        return import_module("modeling_vwlmm.assembly").from_llava(cls, name_or_path, **kwargs)
 
     def save_pretrained(self, *args, **kwargs) -> None:
         """See `PreTrainedModel.save_pretrained`. Tensors get the same names however the model was made or loaded."""
@@ -713,31 +661,6 @@ class VWLMMForConditionalGeneration(LlavaForConditionalGeneration):
 def _count(num_items_in_batch: int | torch.Tensor | None, num_positions: torch.Tensor) -> torch.Tensor:
     count = torch.as_tensor(num_positions if num_items_in_batch is None else num_items_in_batch)
     return count.where(count > 0, 1)  # without such positions their loss is zero, not 0 / 0
-
-
-def _check_parts(vision: PreTrainedModel, text: PreTrainedModel) -> None:
-    head, config = text.get_output_embeddings(), text.config
-    extras = [
-        name
-        for name in ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
-        if getattr(config, name, None) not in (None, 1, 1.0)
-    ]
-    if head.bias is not None:
-        extras.append("bias")
-    if extras:
-        raise ValueError(
-            f"The logits of {type(text).__name__} are more than one matrix times the hidden state: its head has "
-            f"{', '.join(extras)}. VW-LMM needs an LLM whose head is a matrix alone, as Llama's and Mistral's are."
-        )
-    if not hasattr(text.get_decoder(), "embed_tokens"):
-        raise ValueError(
-            f"The decoder of {type(text).__name__} has no `embed_tokens`; VW-LMM needs a decoder built as Llama's is."
-        )
-    if getattr(vision.config, "num_register_tokens", 0):
-        raise ValueError(
-            f"{type(vision).__name__} has {vision.config.num_register_tokens} register tokens beside its patches; "
-            "VW-LMM needs a vision tower with patches, and a class token at most."
-        )
 
 
 VWLMMModel.register_for_auto_class("AutoModel")

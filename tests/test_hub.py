@@ -18,7 +18,6 @@ CODE_FILES = {
     "configuration_vwlmm.py",
     "modeling_vwlmm.py",
     "kernels_vwlmm.py",
-    "llava_vwlmm.py",
     "loss_vwlmm.py",
     "outputs_vwlmm.py",
     "processing_vwlmm.py",

@@ -1,6 +1,6 @@
 # Copyright 2026 The VW-LMM authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Loads LLaVA checkpoints, and says what is wrong with one that is not as it should be."""
+"""Makes a model from parts: a vision tower and an LLM, or a LLaVA. Says what is wrong with parts that do not fit."""
 
 import re
 import struct
@@ -11,14 +11,124 @@ from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, LlavaForConditionalGeneration
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+)
 from transformers.utils import cached_file
 
+from .configuration_vwlmm import VWLMMConfig
+from .modeling_vwlmm import VWLMMForConditionalGeneration
 
+
+# Fields of LLaVA's config.json that say what a checkpoint is, and are not passed on to another architecture.
+NOT_OF_VWLMM = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path")
 # What readers of weights raise for a file that is cut off, or none of theirs.
 UNREADABLE = (UnpicklingError, SafetensorError, RuntimeError, EOFError, IndexError, OSError, struct.error)
 # What says where a checkpoint is, for all of its files.
 WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+
+
+def from_vision_text_pretrained(
+    cls: type[VWLMMForConditionalGeneration], vision: str | PreTrainedModel, text: str | PreTrainedModel, **config
+) -> VWLMMForConditionalGeneration:
+    """See [`VWLMMForConditionalGeneration.from_vision_text_pretrained`]."""
+    dtype = config.pop("dtype", "auto")
+    if not isinstance(vision, PreTrainedModel):
+        vision_config = AutoConfig.from_pretrained(vision)
+        vision_config = getattr(vision_config, "vision_config", vision_config)
+        vision = AutoModel.from_pretrained(vision, config=vision_config, dtype=dtype)
+    if not isinstance(text, PreTrainedModel):
+        text = AutoModelForCausalLM.from_pretrained(text, dtype=dtype)
+    decoder, lm_head = text.get_decoder(), text.get_output_embeddings()
+    _check_parts(vision, text)
+    vision.to(text.dtype)
+
+    has_class_token = any(name.endswith(("class_embedding", "cls_token")) for name, _ in vision.named_parameters())
+    config = {
+        "vision_feature_select_strategy": "default" if has_class_token else "full",
+        "dtype": text.dtype,
+        **config,
+    }
+    keeps_class_token = has_class_token and config["vision_feature_select_strategy"] == "full"
+    num_patches = (vision.config.image_size // vision.config.patch_size) ** 2
+    config.setdefault("image_seq_length", num_patches + keeps_class_token)
+    config = cls.config_class(vision_config=vision.config, text_config=text.config, **config)
+    return _assemble(cls, config, vision, decoder, lm_head, generation_config=text.generation_config)
+
+
+def from_llava(cls: type[VWLMMForConditionalGeneration], name_or_path: str, **kwargs) -> VWLMMForConditionalGeneration:
+    """See [`VWLMMForConditionalGeneration.from_llava`]."""
+    llava = load_llava(name_or_path, **kwargs)
+    fields = {name: value for name, value in llava.config.to_dict().items() if name not in NOT_OF_VWLMM}
+    return _assemble(
+        cls,
+        cls.config_class(**fields, trained_stages=[1, 2]),
+        llava.model.vision_tower,
+        llava.model.language_model,
+        llava.lm_head,
+        llava.model.multi_modal_projector,
+        generation_config=llava.generation_config,
+    )
+
+
+def _assemble(
+    cls: type[VWLMMForConditionalGeneration],
+    config: VWLMMConfig,
+    vision_tower: PreTrainedModel,
+    language_model: PreTrainedModel,
+    lm_head: nn.Linear,
+    adapter: nn.Module | None = None,
+    *,
+    generation_config: GenerationConfig,
+) -> VWLMMForConditionalGeneration:
+    # Only what is new is made: everything else is built on no device, then put in place.
+    with torch.device("meta"):
+        model = cls(config)
+    model.model.vision_tower = vision_tower
+    model.model.language_model = language_model
+    model.lm_head = lm_head
+    new_modules = [model.model.vm_head]
+    if adapter is None:
+        new_modules += model.model.multi_modal_projector.modules()
+    else:
+        model.model.multi_modal_projector = adapter
+    for module in new_modules:
+        if isinstance(module, nn.Linear):
+            module.to_empty(device=lm_head.weight.device).to(lm_head.weight.dtype).reset_parameters()
+    model.tie_weights()
+    model.generation_config = generation_config
+    return model.eval()
+
+
+def _check_parts(vision: PreTrainedModel, text: PreTrainedModel) -> None:
+    head, config = text.get_output_embeddings(), text.config
+    extras = [
+        name
+        for name in ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
+        if getattr(config, name, None) not in (None, 1, 1.0)
+    ]
+    if head.bias is not None:
+        extras.append("bias")
+    if extras:
+        raise ValueError(
+            f"The logits of {type(text).__name__} are more than one matrix times the hidden state: its head has "
+            f"{', '.join(extras)}. VW-LMM needs an LLM whose head is a matrix alone, as Llama's and Mistral's are."
+        )
+    if not hasattr(text.get_decoder(), "embed_tokens"):
+        raise ValueError(
+            f"The decoder of {type(text).__name__} has no `embed_tokens`; VW-LMM needs a decoder built as Llama's is."
+        )
+    if getattr(vision.config, "num_register_tokens", 0):
+        raise ValueError(
+            f"{type(vision).__name__} has {vision.config.num_register_tokens} register tokens beside its patches; "
+            "VW-LMM needs a vision tower with patches, and a class token at most."
+        )
 
 
 def load_llava(name_or_path: str, **kwargs) -> LlavaForConditionalGeneration:
