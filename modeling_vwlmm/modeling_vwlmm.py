@@ -29,6 +29,7 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_vwlmm import VWLMMConfig
 from .loss_vwlmm import linear_loss
 from .outputs_vwlmm import VisualWordsOutput, VWLMMCausalLMOutputWithPast, VWLMMImageFeaturesOutput
+from .vllm_vwlmm import look_placeholders_up_as_first_token
 
 
 logger = logging.get_logger(__name__)
@@ -65,13 +66,6 @@ class VMHead(nn.Linear):
     """A linear layer that bitsandbytes leaves alone, as it does the MM head: the losses read the weights of both."""
 
 
-class _PlaceholderAsFirstToken:
-    """Token embeddings, where any token can stand in for the placeholder, which has none."""
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return super().forward(input_ids.masked_fill(input_ids >= self.num_embeddings, 0))  # [B, L, D]
-
-
 class VWLMMModel(LlavaModel):
     """
     Vision tower, adapter and decoder as in LLaVA, and the VM head, without the MM head.
@@ -85,10 +79,7 @@ class VWLMMModel(LlavaModel):
         super().__init__(config)
         self.vm_head = VMHead(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         if config.text_config._attn_implementation == "vllm":
-            # vLLM looks tokens up past `_embed_tokens`. It swaps a bare `nn.Embedding` for its own, and keeps what a
-            # subclass adds.
-            embeddings = self.get_input_embeddings()
-            embeddings.__class__ = type("TokenEmbedding", (_PlaceholderAsFirstToken, type(embeddings)), {})
+            look_placeholders_up_as_first_token(self.get_input_embeddings())
         self.post_init()
 
     @can_return_tuple

@@ -21,6 +21,8 @@ CODE_FILES = {
     "loss_vwlmm.py",
     "outputs_vwlmm.py",
     "processing_vwlmm.py",
+    "vllm_vwlmm.py",
+    "building_vwlmm.py",
     "chat_templates_vwlmm.py",
 }
 OTHER_FILES = {
