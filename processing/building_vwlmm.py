@@ -1,0 +1,127 @@
+# Copyright 2026 The VW-LMM authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of a processor, made from those of a vision tower and an LLM."""
+
+import copy
+import re
+
+from tokenizers import AddedToken, Regex, normalizers
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    LlamaTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import cached_file, is_torchvision_available
+
+from .chat_templates_vwlmm import LITERAL_MARK
+
+
+if is_torchvision_available():
+    from transformers import LlavaImageProcessor
+else:
+    from transformers import LlavaImageProcessorPil as LlavaImageProcessor
+
+
+IMAGE_TOKEN = "<image>"
+
+
+def load_image_processor(vision):
+    """The config of a vision tower, and LLaVA's image processor with the tower's size, crop, mean, std and resampling."""
+    loaded = isinstance(vision, PreTrainedModel)
+    source = vision.name_or_path if loaded else vision
+    if not source:
+        raise ValueError(
+            "The vision tower has no `name_or_path` that its `preprocessor_config.json` could be read from. Pass the "
+            "tower's name or path instead of the model."
+        )
+    config = vision.config if loaded else AutoConfig.from_pretrained(source)
+    config = getattr(config, "vision_config", config)  # the vision half of a whole CLIP or SigLIP
+    settings = AutoImageProcessor.from_pretrained(source).to_dict()
+    settings.pop("image_processor_type")
+
+    # `crop_size` is where LLaVA's processor looks up the size of its output, even if nothing is left to crop.
+    crops = settings.get("do_center_crop") or False
+    crop_size = settings["crop_size"] if crops else settings["size"]
+    expected = {"height": config.image_size, "width": config.image_size}
+    if min(crop_size.values()) < min(settings["size"].values()):
+        # A classifier's transform, and most often for smaller images. What is asked here may be about the edge.
+        settings["size"] = crop_size = expected
+    if set(crop_size) == {"shortest_edge"}:  # of a square, that is the height and the width
+        crop_size = {"height": crop_size["shortest_edge"], "width": crop_size["shortest_edge"]}
+    if crop_size != expected:
+        raise ValueError(
+            f"The image processor of {source} makes images of {crop_size}, but the vision tower expects {expected}. "
+            "Correct `size` and `crop_size` in its `preprocessor_config.json`."
+        )
+    settings.update(do_pad=True, do_center_crop=crops, crop_size=crop_size)
+    return config, LlavaImageProcessor(**settings)
+
+
+def load_tokenizer(text):
+    """The LLM's tokenizer, tokenizing exactly as the original, with `<image>` as a special token and a pad token."""
+    if isinstance(text, PreTrainedTokenizerBase):
+        tokenizer = text
+    elif _is_sentencepiece_llama(text):
+        # Without the flag, Transformers 4 (the authors' code) meant the legacy behaviour and Transformers 5 the other.
+        tokenizer = LlamaTokenizer.from_pretrained(text, legacy=get_tokenizer_config(text).get("legacy") is not False)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(text)
+        if cached_file(text, "tokenizer.json", _raise_exceptions_for_missing_entries=False):
+            # The specific classes rebuild normalizer and pre-tokenizer; the generic one takes the file as it is.
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(text, **tokenizer.special_tokens_map)
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise ValueError(
+            f"{type(tokenizer).__name__} has no `tokenizers` backend, which the processor needs for offsets."
+        )
+    if tokenizer.eos_token is None:
+        raise ValueError(
+            "The tokenizer has no `eos_token`, which the chat templates close every answer with. Set one."
+        )
+
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    if isinstance(tokenizer, LlamaTokenizer) and str(getattr(tokenizer, "vocab_file", None)).endswith(".model"):
+        _tokenize_like_sentencepiece(backend, tokenizer)
+    # Added tokens that are not normalized are found before the normalizer runs. The mark in a literal `<image>` hides it
+    # from that search; here it disappears, and what is left is tokenized as ordinary text.
+    remove_mark = normalizers.Replace(LITERAL_MARK, "")
+    backend.normalizer = normalizers.Sequence([remove_mark] + ([backend.normalizer] if backend.normalizer else []))
+    backend.add_special_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)])
+
+    # The generic class saves the backend to `tokenizer.json` and loads it back verbatim.
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_max_length=tokenizer.model_max_length,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        # LLaVA pads with the unknown token. Padding is masked, so that any token serves.
+        **{"pad_token": tokenizer.unk_token or tokenizer.eos_token, **tokenizer.special_tokens_map},
+    )
+
+
+def _is_sentencepiece_llama(source):
+    names = {"LlamaTokenizer", "LlamaTokenizerFast"}
+    return get_tokenizer_config(source).get("tokenizer_class") in names and bool(
+        cached_file(source, "tokenizer.model", _raise_exceptions_for_missing_entries=False)
+    )
+
+
+def _tokenize_like_sentencepiece(backend, tokenizer):
+    """
+    Gives a Llama backend the segmentation of the SentencePiece tokenizer with which the authors' code worked.
+
+    That code cuts a prompt at `<image>` and tokenizes each piece by itself, and SentencePiece puts a `▁` in front of what
+    it tokenizes. With `legacy=True` there is a `▁` behind other special tokens too, with `legacy=False` there is not.
+    """
+    backend.pre_tokenizer = None
+    start = normalizers.Prepend("▁")
+    if not tokenizer.legacy:
+        # A normalized token is found after the normalizer has run, so that what follows it is not a start any more. The
+        # token itself is normalized as well, hence the exception.
+        backend.add_special_tokens([AddedToken(tokenizer.eos_token, normalized=True, special=True)])
+        start = normalizers.Replace(Regex(rf"\A(?!{re.escape(tokenizer.eos_token)})"), "▁")
+    backend.normalizer = normalizers.Sequence([start, normalizers.Replace(" ", "▁")])
