@@ -37,7 +37,33 @@ WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfold
 def from_vision_text_pretrained(
     cls: type[VWLMMForConditionalGeneration], vision: str | PreTrainedModel, text: str | PreTrainedModel, **config
 ) -> VWLMMForConditionalGeneration:
-    """See [`VWLMMForConditionalGeneration.from_vision_text_pretrained`]."""
+    """
+    The model that stage I starts from: a pretrained vision tower, a pretrained LLM, a new adapter and VM head.
+
+    Args:
+        cls (`type`): Class of the model.
+        vision (`str` or `PreTrainedModel`):
+            Vision tower: name, path or module. The checkpoint of an image-text model (CLIP, SigLIP) will do.
+        text (`str` or `PreTrainedModel`):
+            Decoder-only LLM with its head: name, path or module.
+        config:
+            Fields of [`VWLMMConfig`], such as `vision_feature_layer`, and `dtype` for what is loaded here.
+
+    Returns:
+        [`VWLMMForConditionalGeneration`]
+
+    Raises:
+        ValueError: If the LLM makes its logits by more than one matrix (a bias, soft-capping, scaling) or has no
+            `embed_tokens`, or if the vision tower has register tokens.
+
+    Example:
+
+    ```python
+    >>> model = VWLMMForConditionalGeneration.from_vision_text_pretrained(
+    ...     "openai/clip-vit-large-patch14-336", "lmsys/vicuna-7b-v1.5"
+    ... )
+    ```
+    """
     dtype = config.pop("dtype", "auto")
     if not isinstance(vision, PreTrainedModel):
         vision_config = AutoConfig.from_pretrained(vision)
@@ -63,7 +89,28 @@ def from_vision_text_pretrained(
 
 
 def from_llava(cls: type[VWLMMForConditionalGeneration], name_or_path: str, **kwargs) -> VWLMMForConditionalGeneration:
-    """See [`VWLMMForConditionalGeneration.from_llava`]."""
+    """
+    The model that stage III starts from where a LLaVA is at hand: all of it, and a new VM head.
+
+    Args:
+        cls (`type`): Class of the model.
+        name_or_path (`str`):
+            A checkpoint of Transformers' LLaVA architecture, in any layout it has been published in.
+        kwargs:
+            Everything that `LlavaForConditionalGeneration.from_pretrained` takes, such as `dtype`.
+
+    Returns:
+        [`VWLMMForConditionalGeneration`]
+
+    Raises:
+        ValueError: If the checkpoint is of another architecture, or its tensors are not those of its config.
+
+    Example:
+
+    ```python
+    >>> model = VWLMMForConditionalGeneration.from_llava("llava-hf/llava-1.5-7b-hf")
+    ```
+    """
     llava = load_llava(name_or_path, **kwargs)
     fields = {name: value for name, value in llava.config.to_dict().items() if name not in NOT_OF_VWLMM}
     return _assemble(
@@ -90,7 +137,7 @@ def _assemble(
     # Only what is new is made: everything else is built on no device, then put in place.
     with torch.device("meta"):
         model = cls(config)
-    model.model.vision_tower = vision_tower
+    model.model.vision_tower = vision_tower.requires_grad_(False)
     model.model.language_model = language_model
     model.lm_head = lm_head
     new_modules = [model.model.vm_head]

@@ -33,6 +33,10 @@ class VWLMMConfig(LlavaConfig):
             Id of the image placeholder. By default `text_config.vocab_size`, one past the decoder's vocabulary, so
             that visual words are distributions over exactly the vocabulary of the LLM. An id inside the vocabulary
             works as well.
+        adapter (`str`, *optional*, defaults to `"mlp"`):
+            How patch features become what the decoder reads: a name in `modeling_vwlmm.adapters_vwlmm.ADAPTERS`.
+        adapter_config (`dict`, *optional*, defaults to `{}`):
+            What that adapter needs to know beside the sizes of tower and decoder. The MLP needs nothing.
         use_pseudo_image_features (`bool`, *optional*, defaults to `False`):
             Whether the decoder reads pseudo image features (section 2.3 of the paper, equation 8) in place of image
             features.
@@ -55,6 +59,8 @@ class VWLMMConfig(LlavaConfig):
     model_type = "vwlmm"
 
     image_token_index: int | None = None
+    adapter: str = "mlp"
+    adapter_config: dict | None = None
     use_pseudo_image_features: bool = False
     trained_stages: list[int] | None = None
 
@@ -62,6 +68,7 @@ class VWLMMConfig(LlavaConfig):
         super().__post_init__(**kwargs)
         if self.image_token_index is None:
             self.image_token_index = self.text_config.vocab_size
+        self.adapter_config = self.adapter_config or {}
         self.trained_stages = self.trained_stages or []
         self.auto_map = dict(AUTO_MAP)
 

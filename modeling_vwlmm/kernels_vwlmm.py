@@ -28,11 +28,11 @@ TILE = 4096
 
 
 def cross_entropy_(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Returns the sum of cross-entropies; `logits` `[R, C]` become their gradient."""
+    """Returns the cross-entropies, `[R]`; `logits` `[R, C]` become their gradient."""
     num_rows, num_tokens = logits.shape
     losses = torch.empty(num_rows, dtype=torch.float32, device=logits.device)  # [R]
     _cross_entropy_kernel[(num_rows,)](logits, labels, losses, num_tokens, **_tiling(num_tokens))
-    return losses.sum()
+    return losses
 
 
 def kl_div_(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,10 @@ from .kernels_vwlmm import triton
 CHUNK_BYTES = {"cpu": 96 * 2**20, "cuda": 256 * 2**20}
 # Softmax and divergence of a chunk run block by block on a CPU, so that their temporaries stay in its cache.
 CPU_BLOCK_BYTES = 2**20
+# The head's gradient in 16 bits is summed in fp32: by the matrix product itself where it can (CUDA, torch 2.8), else over
+# tiles of so many tokens.
+HAS_OUT_DTYPE = hasattr(torch.ops.aten.addmm, "dtype_out")
+TILE_ROWS = 4096
 
 
 class LinearLossOutput(NamedTuple):
@@ -96,6 +100,25 @@ def linear_loss(
     Raises:
         ValueError: If the shapes do not fit together.
     """
+    loss, cross_entropies, kl_div, teacher_entropy, student_entropy = linear_row_losses(
+        student_hidden, student_weight, labels, teacher_hidden, teacher_weight, text_scale, image_scale
+    )
+    return LinearLossOutput(loss, cross_entropies.sum(), kl_div, teacher_entropy, student_entropy)
+
+
+def linear_row_losses(
+    student_hidden: torch.Tensor,
+    student_weight: torch.Tensor,
+    labels: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    teacher_weight: torch.Tensor,
+    text_scale: float | torch.Tensor,
+    image_scale: float | torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    [`linear_loss`] with the cross-entropies of the text positions one by one, `[T]`, and a factor for each of them where
+    `text_scale` is `[T]`. So several objectives with one-hot targets share a pass, and each can be told from the others.
+    """
     num_positions = labels.shape[0] + teacher_hidden.shape[0]
     if student_hidden.shape[0] != num_positions or student_weight.shape[0] != teacher_weight.shape[0]:
         raise ValueError(
@@ -104,17 +127,15 @@ def linear_loss(
             f"{teacher_weight.shape[0]} tokens; expected one student position for each label and teacher position, and "
             "heads over one vocabulary."
         )
-    return LinearLossOutput(
-        *_LinearLoss.apply(
-            student_hidden,
-            student_weight,
-            labels,
-            teacher_hidden,
-            teacher_weight,
-            text_scale,
-            image_scale,
-            torch.is_grad_enabled(),
-        )
+    return _LinearLoss.apply(
+        student_hidden,
+        student_weight,
+        labels,
+        teacher_hidden,
+        teacher_weight,
+        text_scale,
+        image_scale,
+        torch.is_grad_enabled(),
     )
 
 
@@ -131,29 +152,36 @@ class _LinearLoss(torch.autograd.Function):
             )
         # In fp16 one over the number of positions would underflow before a loss scale comes to its rescue: there the
         # larger scale stays 1 until backward, which has fp32 sums to multiply.
-        ctx.deferred_scale = 1.0
-        if hidden.dtype == torch.float16:
-            ctx.deferred_scale = torch.maximum(*(torch.as_tensor(s, device=device) for s in (text_scale, image_scale)))
-            ctx.deferred_scale = ctx.deferred_scale.where(ctx.deferred_scale > 0, 1)
-        text_factor, image_factor = text_scale / ctx.deferred_scale, image_scale / ctx.deferred_scale
         statistics_dtype = torch.promote_types(hidden.dtype, torch.float32)
-        sums = torch.zeros(4, dtype=statistics_dtype, device=device)
+        num_text, num_tokens = labels.shape[0], weight.shape[0]
+        scales = hidden.new_empty(len(hidden), 1, dtype=statistics_dtype)  # [T + V, 1]
+        for rows, scale in ((slice(num_text), text_scale), (slice(num_text, None), image_scale)):
+            if isinstance(scale, torch.Tensor):
+                scales[rows] = scale.to(scales).reshape(-1, 1)
+            else:
+                scales[rows].fill_(scale)
+        ctx.deferred_scale = None
+        if hidden.dtype == torch.float16 and len(scales):
+            ctx.deferred_scale = scales.max().where(scales.max() > 0, 1)
+        factors = scales if ctx.deferred_scale is None else scales / ctx.deferred_scale  # [T + V, 1]
+        cross_entropies = scales.new_zeros(num_text)  # [T]
+        sums = scales.new_zeros(3)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None  # [T + V, D]
         grad_weight = None  # [C, D]
 
-        def add_gradients(rows, grad_logits, factor):
+        def add_gradients(rows, grad_logits):
             nonlocal grad_weight
             grad_logits = grad_logits.to(hidden.dtype)  # [R, C]
             if needs_hidden:
-                torch.mm(grad_logits, weight, out=grad_hidden[rows]).mul_(factor)
+                torch.mm(grad_logits, weight, out=grad_hidden[rows]).mul_(factors[rows])
             if needs_weight:
-                grad_weight = _add_product(grad_weight, grad_logits.T, hidden[rows] * factor)
+                scaled_hidden = (hidden[rows] * factors[rows]).to(hidden.dtype)  # [R, D]
+                grad_weight = _add_product(grad_weight, grad_logits.T, scaled_hidden)
 
         with torch.autocast(device.type, enabled=False):
             use_kernels = _use_kernels(hidden)
-            num_text, num_tokens = labels.shape[0], weight.shape[0]
             logits_dtype = hidden.dtype if use_kernels else statistics_dtype
-            most = max(CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (num_tokens * logits_dtype.itemsize), 2)
+            most = max_chunk_rows(device, num_tokens * logits_dtype.itemsize)
             text_chunks, image_chunks = _chunks(0, num_text, most), _chunks(num_text, len(hidden), most // 2)
             # One buffer for all chunks: fresh memory costs a CPU as much time as softmax does.
             buffer = hidden.new_empty(_longest(text_chunks + image_chunks), num_tokens, dtype=logits_dtype)
@@ -161,23 +189,23 @@ class _LinearLoss(torch.autograd.Function):
             for rows in text_chunks:
                 logits = _project(hidden[rows], weight, buffer)  # [R, C]
                 if use_kernels:
-                    sums[0] += triton_cross_entropy_(logits, labels[rows])
+                    cross_entropies[rows] = triton_cross_entropy_(logits, labels[rows])
                 else:
                     for block in _blocks(logits):
-                        sums[0] += _cross_entropy_(logits[block], labels[rows][block])
+                        cross_entropies[rows][block] = _cross_entropy_(logits[block], labels[rows][block])
                 if needs_hidden or needs_weight:
-                    add_gradients(rows, logits, text_factor)
+                    add_gradients(rows, logits)
             for rows in image_chunks:
                 teacher_rows = slice(rows.start - num_text, rows.stop - num_text)
                 logits = _project(hidden[rows], weight, buffer)  # [R, C]
                 teacher_logits = _project(teacher_hidden[teacher_rows], teacher_weight, teacher_buffer)  # [R, C]
                 if use_kernels:
-                    sums[1:] += triton_kl_div_(logits, teacher_logits)
+                    sums += triton_kl_div_(logits, teacher_logits)
                 else:
                     for block in _blocks(logits):
-                        sums[1:] += _kl_div_(logits[block], teacher_logits[block])
+                        sums += _kl_div_(logits[block], teacher_logits[block])
                 if needs_hidden or needs_weight:
-                    add_gradients(rows, logits, image_factor)
+                    add_gradients(rows, logits)
 
         if needs_weight and grad_weight is None:
             grad_weight = torch.zeros_like(weight)
@@ -186,20 +214,33 @@ class _LinearLoss(torch.autograd.Function):
             grad_hidden = None if grad_hidden is None else grad_hidden.to(hidden_dtype)
             grad_weight = None if grad_weight is None else grad_weight.to(weight_dtype)
         ctx.save_for_backward(grad_hidden, grad_weight)
-        outputs = (text_scale * sums[0] + image_scale * sums[1], *sums.unbind())
+        image_scale = scales[num_text, 0] if len(teacher_hidden) else 0.0
+        loss = torch.dot(scales[:num_text, 0], cross_entropies) + image_scale * sums[0]
+        outputs = (loss, cross_entropies, *sums.unbind())
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, *_):
-        # Most often both factors are 1, and a copy of the head's gradient is worth avoiding.
-        factor = ctx.deferred_scale * grad_loss
+        factor = grad_loss if ctx.deferred_scale is None else ctx.deferred_scale * grad_loss
+        # In place unless another backward pass follows: a copy of the head's gradient is worth avoiding, and the factor
+        # is 1 most often, but reading it would make the host wait. There is no public way to ask for `retain_graph`.
+        in_place = not torch._C._autograd._get_current_graph_task_keep_graph()
         gradients = [
-            grad if grad is None or (factor == 1 and grad.dtype == dtype) else (grad * factor).to(dtype)
+            grad
+            if grad is None
+            else grad.mul_(factor)
+            if in_place and grad.dtype == dtype
+            else (grad * factor).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return (*gradients, None, None, None, None, None, None)
+
+
+def max_chunk_rows(device: torch.device, row_bytes: int) -> int:
+    """How many rows of so many bytes one chunk may have, two at least."""
+    return max(CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // row_bytes, 2)
 
 
 def _use_kernels(hidden: torch.Tensor) -> bool:
@@ -234,15 +275,24 @@ def _project(hidden: torch.Tensor, weight: torch.Tensor, buffer: torch.Tensor) -
 
 
 def _add_product(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Adds `a @ b`, `[C, D]`, to a sum in fp32 or wider."""
     if total is None:
         return (a @ b).to(torch.promote_types(a.dtype, torch.float32))
-    return total.addmm_(a, b) if total.dtype == a.dtype else total.add_(a @ b)
+    if total.dtype == a.dtype:
+        return total.addmm_(a, b)
+    if total.is_cuda and HAS_OUT_DTYPE:
+        return torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    # Tile by tile, so that no product of the head's size is written beside the sum.
+    for rows in range(0, len(total), TILE_ROWS):
+        tile = slice(rows, rows + TILE_ROWS)
+        total[tile].add_(a[tile] @ b)
+    return total
 
 
 def _cross_entropy_(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Returns the sum of cross-entropies; `logits` `[R, C]` become their gradient."""
+    """Returns the cross-entropies, `[R]`; `logits` `[R, C]` become their gradient."""
     log_q = logits.log_softmax(dim=-1)  # [R, C]
-    loss = -log_q.gather(1, labels[:, None]).sum()
+    loss = -log_q.gather(1, labels[:, None]).squeeze(1)  # [R]
     q = torch.exp(log_q, out=logits)
     q.scatter_add_(1, labels[:, None], -torch.ones_like(labels, dtype=q.dtype)[:, None])
     return loss

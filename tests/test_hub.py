@@ -15,13 +15,17 @@ from conftest import make_image
 
 
 CODE_FILES = {
+    "adapters_vwlmm.py",
     "configuration_vwlmm.py",
     "modeling_vwlmm.py",
     "kernels_vwlmm.py",
     "loss_vwlmm.py",
+    "objectives_vwlmm.py",
     "outputs_vwlmm.py",
+    "placeholders_vwlmm.py",
     "processing_vwlmm.py",
-    "vllm_vwlmm.py",
+    "vision_vwlmm.py",
+    "visual_words_vwlmm.py",
     "building_vwlmm.py",
     "chat_templates_vwlmm.py",
 }

@@ -21,6 +21,9 @@ from transformers import (
 
 from modeling_vwlmm import VWLMMConfig, VWLMMForConditionalGeneration, VWLMMModel
 from modeling_vwlmm.modeling_vwlmm import get_supervised_image_positions
+from modeling_vwlmm.objectives_vwlmm import parse_objectives
+from modeling_vwlmm.training import attach_training_modules
+from modeling_vwlmm.training.trainer import set_trainable_parameters
 from processing_vwlmm import VWLMMProcessor
 from processing_vwlmm.chat_templates_vwlmm import CHAT_TEMPLATES
 
@@ -302,24 +305,69 @@ class TestSupervisedImagePositions:
 
 
 class TestGradients:
-    """Every parameter requires a gradient here: what gets none is cut by the losses themselves."""
+    """What a stage leaves frozen gets no gradient; what it, or the user, lets train gets one."""
 
-    def test_stage_4_reaches_decoder_and_mm_head_alone(self, model, batch):
-        model(**batch, visual_objective="visual_words").loss.backward()
-        assert gradients(model) == names(model, "model.language_model.", "lm_head.")
-
-    def test_stage_4_with_pseudo_image_features(self, model, batch):
-        model.config.use_pseudo_image_features = True
+    @pytest.mark.parametrize("use_pseudo_image_features", [False, True])
+    def test_stage_4_reaches_decoder_and_mm_head_alone(self, model, batch, use_pseudo_image_features):
+        model.config.use_pseudo_image_features = use_pseudo_image_features
+        set_trainable_parameters(model, 4)
         model(**batch, visual_objective="visual_words").loss.backward()
         assert gradients(model) == names(model, "model.language_model.", "lm_head.")
 
     @pytest.mark.parametrize("use_pseudo_image_features", [False, True])
     def test_stage_3_reaches_vm_head_alone(self, model, batch, use_pseudo_image_features):
         model.config.use_pseudo_image_features = use_pseudo_image_features
+        set_trainable_parameters(model, 3)
         output = model(**batch, visual_objective="vm_head")
         output.loss.backward()
         assert gradients(model) == {VM_HEAD}
         assert {name for name, p in model.named_parameters() if p.grad is not None} == {VM_HEAD}
+
+    def test_stage_4_reaches_an_adapter_that_its_user_lets_train(self, model, batch):
+        """Not through the targets: with the text's weight at 0 the adapter learns from the decoder's input alone."""
+        model(**batch, visual_objective="visual_words").loss.backward()
+        adapter = names(model, "model.multi_modal_projector.")
+        assert gradients(model) >= adapter
+        assert model.model.vm_head.weight.grad is None
+
+    def test_stage_3_runs_the_decoder_without_gradients(self, model, batch):
+        needs_gradients = []
+        hook = model.model.language_model.layers[0].register_forward_hook(
+            lambda module, inputs, output: needs_gradients.append(torch.is_grad_enabled())
+        )
+        model(**batch, visual_objective="vm_head").loss.backward()
+        hook.remove()
+        assert needs_gradients == [False]
+        assert not gradients(model) & names(model, "model.language_model.", "lm_head.")
+
+    @pytest.mark.parametrize("objective", ["visual_words", "token_labels", {"features": 1.0}], ids=str)
+    def test_targets_are_detached(self, model, batch, objective):
+        """With one decoder layer's input cut, image features are reached as targets or not at all."""
+        attach_training_modules(model, parse_objectives(objective)[0])
+        batch["image_labels"] = torch.full((4, N), 7)
+        cut = model.model.language_model.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, {**kwargs, "inputs_embeds": kwargs["inputs_embeds"].detach()}),
+            with_kwargs=True,
+        )
+        model(**batch, visual_objective=objective).loss.backward()
+        cut.remove()
+        assert not gradients(model) & ({VM_HEAD} | names(model, "model.multi_modal_projector."))
+
+    def test_a_new_or_loaded_vision_tower_is_frozen_and_keeps_no_activations(self, model, batch, vicuna):
+        for fresh in (model, VWLMMModel.from_pretrained(vicuna), VWLMMForConditionalGeneration(model.config)):
+            assert not any(p.requires_grad for p in fresh.base_model.vision_tower.parameters())
+        features = []
+        hook = model.model.multi_modal_projector.register_forward_pre_hook(lambda _, inputs: features.extend(inputs))
+        model(**batch).loss.backward()
+        hook.remove()
+        assert features[0].grad_fn is None
+
+    @pytest.mark.parametrize("objective", [None, "visual_words"])
+    def test_a_vision_tower_that_its_user_unfreezes_learns_and_stays_unfrozen(self, model, batch, objective):
+        model.model.vision_tower.requires_grad_(True)
+        model(**batch, visual_objective=objective).loss.backward()
+        assert gradients(model) & names(model, "model.vision_tower.")
+        assert all(p.requires_grad for p in model.model.vision_tower.parameters())
 
     def test_stage_3_with_only_the_vm_head_requiring_gradients(self, model, batch):
         model.requires_grad_(False)

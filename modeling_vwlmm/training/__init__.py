@@ -4,6 +4,7 @@
 
 from .arguments import VWLMMTrainingArguments
 from .trainer import VWLMMTrainer
+from .training_modules import attach_training_modules
 
 
-__all__ = ["VWLMMTrainer", "VWLMMTrainingArguments"]
+__all__ = ["VWLMMTrainer", "VWLMMTrainingArguments", "attach_training_modules"]

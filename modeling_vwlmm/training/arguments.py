@@ -2,27 +2,39 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arguments of [`VWLMMTrainer`]."""
 
+import math
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
+from datasets import Dataset, IterableDataset
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
-from .stages import STAGES
+from ..objectives_vwlmm import Objective, parse_objectives
+from .stages import METHODS, MODULES
 
 
 @dataclass
 class VWLMMTrainingArguments(SFTConfig):
-    r"""
+    """
     Arguments of [`VWLMMTrainer`]: those of TRL's `SFTConfig`, with the defaults of the paper's stage.
 
     Args:
         stage (`int`):
             Training stage, 1 to 4. It sets what trains and on which loss, and the defaults of `global_batch_size`,
             `learning_rate` and `chat_template`; what is passed explicitly wins.
+        method (`str`, *optional*, defaults to `"vw-lmm"`):
+            Whose stages they are.
+        trains (`list[str]`, *optional*):
+            Modules that train, in place of the stage's: of `"adapter"`, `"decoder"`, `"mm_head"`, `"vm_head"` and
+            `"vision_tower"`. Every other is frozen.
+        visual_objective (`str` or `dict`, *optional*):
+            What image positions learn, in place of the stage's: the name of an objective, or names with their weights,
+            as `VWLMMForConditionalGeneration.forward` takes them. `{}` for nothing.
         visual_loss_weight (`float`, *optional*, defaults to `1.0`):
-            Weight of the visual loss in stage IV (the paper's equation 7 has 1). At 0 the visual loss is not computed:
-            the ablation "- visual modeling".
+            Weight of a visual loss that is given by name, as stage IV's is (the paper's equation 7 has 1). At 0 it is
+            not computed: the ablation "- visual modeling". Stage III has no other loss, and ignores it.
         global_batch_size (`int`, *optional*):
             Samples of one optimiser step over all processes. `gradient_accumulation_steps` follows from it. By default
             the paper's: 256 in stages I and III, 128 in stages II and IV.
@@ -33,12 +45,12 @@ class VWLMMTrainingArguments(SFTConfig):
     > [!NOTE]
     > These arguments have defaults different from `SFTConfig`: `learning_rate` (the stage's),
     > `gradient_accumulation_steps` (from `global_batch_size`), `lr_scheduler_type="cosine"`, `warmup_steps=0.03` (a
-    > share of all steps), `num_train_epochs=1`, `max_length=2048`, `assistant_only_loss=True`, and `bf16` only where a
-    > GPU has it.
+    > share of all steps), `num_train_epochs=1`, `max_length=2048`, `assistant_only_loss=True`, `bf16` only where a
+    > GPU has it, and `logging_nan_inf_filter=False`: a loss that is no number stops the run.
 
     Raises:
-        ValueError: If `stage` is not one of the four, or `global_batch_size` is no multiple of what one micro-step of
-            all processes takes.
+        ValueError: If `stage`, `method`, a module or an objective is unknown, a weight is negative or not finite, or
+            `global_batch_size` is no multiple of what one micro-step of all processes takes.
 
     Example:
 
@@ -49,8 +61,25 @@ class VWLMMTrainingArguments(SFTConfig):
     ```
     """
 
+    # Fields that the command line takes as JSON.
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "visual_objective"]
+
     stage: int | None = field(default=None, metadata={"help": "Training stage, 1 to 4."})
-    visual_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the visual loss in stage IV."})
+    method: str = field(default="vw-lmm", metadata={"help": "Whose stages they are: 'vw-lmm'."})
+    trains: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Modules that train: 'adapter', 'decoder', 'mm_head', 'vm_head', 'vision_tower'. By default the "
+            "stage's."
+        },
+    )
+    visual_objective: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "What image positions learn: a name, or names with weights. By default the stage's."},
+    )
+    visual_loss_weight: float = field(
+        default=1.0, metadata={"help": "Weight of a `visual_objective` that is given by name."}
+    )
     global_batch_size: int | None = field(
         default=None, metadata={"help": "Samples of one optimiser step over all processes. By default the stage's."}
     )
@@ -71,12 +100,20 @@ class VWLMMTrainingArguments(SFTConfig):
     max_length: int | None = field(
         default=2048, metadata={"help": "Longest sequence in tokens, image tokens included."}
     )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Whether to log the mean of other steps in place of a loss that is no number."},
+    )
     assistant_only_loss: bool = field(default=True, metadata={"help": "Supervise what the assistant says, alone."})
 
-    def __post_init__(self):
-        if self.stage not in STAGES:
-            raise ValueError(f"`stage` is {self.stage!r}; expected 1, 2, 3 or 4.")
-        stage = STAGES[self.stage]
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"`method` is {self.method!r}; expected {' or '.join(map(repr, METHODS))}.")
+        stages = METHODS[self.method]
+        if self.stage not in stages:
+            *others, last = stages
+            raise ValueError(f"`stage` is {self.stage!r}; expected {', '.join(map(str, others))} or {last}.")
+        stage = stages[self.stage]
         if self.learning_rate is None:
             self.learning_rate = stage.learning_rate
         if self.chat_template is None:
@@ -84,18 +121,61 @@ class VWLMMTrainingArguments(SFTConfig):
         if self.bf16 is None and not is_torch_bf16_gpu_available():
             self.bf16 = False
         self._resolve_batch_size(stage.global_batch_size)
+        if self.accelerator_config is None:
+            # Batches are cut and handed out by rows elsewhere, and images are no rows of a batch.
+            self.accelerator_config = {"dispatch_batches": False}
         super().__post_init__()
         if self.auto_find_batch_size:
             raise ValueError(
                 "`auto_find_batch_size` would shrink the global batch without a word. Lower "
                 "`per_device_train_batch_size` instead: accumulation steps make up for it."
             )
+        for module in self.trains or ():
+            if module not in MODULES:
+                raise ValueError(f"`trains` has {module!r}; expected some of {', '.join(map(repr, MODULES))}.")
+        if not 0 <= self.visual_loss_weight < math.inf:
+            raise ValueError(
+                f"`visual_loss_weight` is {self.visual_loss_weight}; expected a finite number that is not negative."
+            )
+        if self.visual_objective is None:
+            is_dropped = stage.visual_objective == "visual_words" and self.visual_loss_weight == 0
+            self.visual_objective = None if is_dropped else stage.visual_objective
+        if self.visual_objective == "vm_head":
+            # The weight of the only loss would be another learning rate.
+            self.visual_loss_weight = 1.0
+        self.get_objectives()
 
-    @property
-    def visual_objective(self) -> str | None:
-        """The visual term that the stage trains on, as `forward` takes it."""
-        objective = STAGES[self.stage].visual_objective
-        return None if objective == "visual_words" and self.visual_loss_weight == 0 else objective
+    def get_objectives(self) -> tuple[dict[str, Objective], dict[str, float]]:
+        """The objectives of this run with their weights, by name. See `parse_objectives`."""
+        objectives, weights = parse_objectives(self.visual_objective, self.visual_loss_weight)
+        if not objectives:
+            raise ValueError(f"`visual_objective` is {self.visual_objective!r}, which leaves nothing to learn.")
+        return objectives, weights
+
+    def get_trained_modules(self) -> tuple[str, ...]:
+        """The modules that train, as paths in the model."""
+        if self.trains is None:
+            return METHODS[self.method][self.stage].trains
+        return tuple(MODULES[module] for module in self.trains)
+
+    def check_columns(self, dataset: Dataset | IterableDataset) -> None:
+        """
+        Checks that a dataset has the columns that the objectives read.
+
+        Raises:
+            ValueError: If it does not.
+        """
+        objectives, _ = self.get_objectives()
+        needed = {column: name for name, objective in objectives.items() for column in objective.columns}
+        if not needed:
+            return
+        columns = dataset.column_names or list(next(iter(dataset)))
+        for column, name in needed.items():
+            if column not in columns:
+                raise ValueError(
+                    f"The objective `{name}` learns from a column `{column}`, and the dataset has {', '.join(columns)}. "
+                    "Add the column, or choose another `visual_objective`."
+                )
 
     def _resolve_batch_size(self, default: int) -> None:
         # The launcher says how many processes there are before the process group, or DeepSpeed's config, exists.

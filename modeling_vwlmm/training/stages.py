@@ -1,6 +1,6 @@
 # Copyright 2026 The VW-LMM authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What the four stages of the paper train, on which loss, with which defaults (section 3.1, tables 3 and 4)."""
+"""What the stages of each method train, on which loss, with which defaults. VW-LMM's: section 3.1, tables 3 and 4."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,6 +10,16 @@ ADAPTER = "model.multi_modal_projector"
 DECODER = "model.language_model"
 MM_HEAD = "lm_head"
 VM_HEAD = "model.vm_head"
+VISION_TOWER = "model.vision_tower"
+
+# What `trains` may name.
+MODULES = {
+    "adapter": ADAPTER,
+    "decoder": DECODER,
+    "mm_head": MM_HEAD,
+    "vm_head": VM_HEAD,
+    "vision_tower": VISION_TOWER,
+}
 
 
 @dataclass(frozen=True)
@@ -19,7 +29,7 @@ class Stage:
 
     Args:
         name: What the paper calls it.
-        trains: The modules whose parameters train. Every other parameter is frozen, the vision tower always.
+        trains: The modules whose parameters train. Every other parameter is frozen.
         visual_objective: The visual term of the loss, as `VWLMMForConditionalGeneration.forward` names it.
         builds_on: The stages that must stand behind the weights it starts from.
         global_batch_size: Samples of one optimiser step.
@@ -29,7 +39,7 @@ class Stage:
 
     name: str
     trains: tuple[str, ...]
-    visual_objective: Literal["visual_words", "vm_head"] | None
+    visual_objective: str | None
     builds_on: tuple[int, ...]
     global_batch_size: int
     learning_rate: float
@@ -42,3 +52,6 @@ STAGES = {
     3: Stage("learning the visual words", (VM_HEAD,), "vm_head", (1, 2), 256, 1e-3, "plain"),
     4: Stage("multi-modal auto-regression", (DECODER, MM_HEAD), "visual_words", (1, 2, 3), 128, 2e-5, None),
 }
+
+# The table of stages that `method` names.
+METHODS: dict[str, dict[int, Stage]] = {"vw-lmm": STAGES}

@@ -2,68 +2,40 @@
 # SPDX-License-Identifier: Apache-2.0
 """One trainer for the four stages of VW-LMM."""
 
-from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pyarrow.compute as pc
 import torch
-from accelerate.utils import gather_object, is_peft_model
-from datasets import Dataset
+from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
 from huggingface_hub import ModelCard
-from jinja2 import TemplateError
+from torch import nn
+from torch.utils.data import Sampler
 from transformers import PreTrainedModel, ProcessorMixin
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from ..modeling_vwlmm import VWLMMForConditionalGeneration, get_supervised_image_positions
+from ..modeling_vwlmm import VWLMMForConditionalGeneration
+from ..objectives_vwlmm import find_supervised_positions
+from ..outputs_vwlmm import VWLMMCausalLMOutputWithPast
 from .arguments import VWLMMTrainingArguments
+from .collating import VWLMMDataCollator
+from .lockstep import encode_no_images
+from .means import PositionMeans
 from .model_card import TAGS, is_hub_id, make_model_card, read_training_procedure
 from .sampling import ModalityLengthGroupedSampler, estimate_lengths
-from .stages import STAGES
+from .stages import METHODS, STAGES
+from .training_modules import attach_training_modules, load_training_modules, save_training_modules
 
 
 logger = logging.get_logger(__name__)
-
-
-# What can be wrong with a sample: its messages or images, an image file, or messages that the template refuses.
-SAMPLE_ERRORS = (ValueError, OSError, TemplateError)
-
-
-@dataclass
-class VWLMMDataCollator(DataCollatorForVisionLanguageModeling):
-    """
-    TRL's collator for vision data, whose errors name the sample, and which never supervises a placeholder.
-
-    With `packing`, the samples of a batch stand behind each other in one row without padding: `[1, L]`, and
-    `position_ids` that start again with every sample, by which attention keeps them apart.
-    """
-
-    packing: bool = False
-
-    def torch_call(self, examples):
-        try:
-            batch = super().torch_call(examples)
-        except SAMPLE_ERRORS:
-            for example in examples:
-                try:
-                    super().torch_call([example])
-                except SAMPLE_ERRORS as error:
-                    raise ValueError(f"Sample {example.get('id')!r}: {error}") from error
-            raise
-        batch["labels"][batch["input_ids"] == self.processor.image_token_id] = -100
-        return pack(batch) if self.packing else batch
-
-
-def pack(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Puts the rows of a padded batch, `[B, L]`, into one without padding, `[1, L']`; images keep their order."""
-    is_token = batch.pop("attention_mask").bool()  # [B, L]
-    position_ids = is_token.cumsum(dim=1) - 1  # [B, L]
-    # Nothing stands before the first token of a sample, so nothing can predict it.
-    batch["labels"][position_ids == 0] = -100
-    packed = {name: batch[name][is_token][None] for name in ("input_ids", "labels")}  # [1, L']
-    return {**batch, **packed, "position_ids": position_ids[is_token][None]}
 
 
 class VWLMMTrainer(SFTTrainer):
@@ -115,15 +87,17 @@ class VWLMMTrainer(SFTTrainer):
         self,
         model: VWLMMForConditionalGeneration | str,
         args: VWLMMTrainingArguments,
-        train_dataset: Dataset | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
         processing_class: ProcessorMixin | None = None,
         peft_config: "PeftConfig | None" = None,  # noqa: F821 (an optional dependency)
         **kwargs,
-    ):
+    ) -> None:
         if not isinstance(args, VWLMMTrainingArguments):
             raise TypeError(
                 f"`args` is a {type(args).__name__}; expected VWLMMTrainingArguments, which name the stage."
             )
+        for dataset in (*all_datasets(train_dataset), *all_datasets(kwargs.get("eval_dataset"))):
+            args.check_columns(dataset)
         if isinstance(model, str):
             model = VWLMMForConditionalGeneration.from_pretrained(
                 model, **{"dtype": torch.float32, **(args.model_init_kwargs or {})}
@@ -141,7 +115,7 @@ class VWLMMTrainer(SFTTrainer):
         check_options(args, kwargs, uses_peft=is_peft_model(model) or peft_config is not None)
         warn_about_untrained_modules(base_model, args)
         if not is_peft_model(model) and peft_config is None:
-            set_trainable_parameters(base_model, args.stage)
+            set_trainable_parameters(base_model, args.get_trained_modules())
 
         # TRL packs text only, and refuses `packing` with images: here the collator packs both.
         packing, args.packing = args.packing, False
@@ -155,8 +129,17 @@ class VWLMMTrainer(SFTTrainer):
         )
         args.packing = packing
 
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"One process sees {args.n_gpu} GPUs, and would cut batches into parts that images do not follow. Start "
+                "one process for each with `accelerate launch` or `torchrun`, or show it one with `CUDA_VISIBLE_DEVICES`."
+            )
+        self._base_model = base_model
         self._config = base_model.config
-        self._num_image_items_in_batch = None
+        self._objectives, self._weights = args.get_objectives()
+        # Now, so that PEFT leaves them alone, and not later, because the optimizer has to know them.
+        attach_training_modules(base_model, self._objectives, args.seed)
+        base_model.encode_no_images = partial(encode_no_images, runs_tower=self._runs_tower_without_images())
         self._check_processor()
         self._check_max_length(train_dataset)
         if args.chat_template is not None and not self._is_vision_dataset:
@@ -166,7 +149,9 @@ class VWLMMTrainer(SFTTrainer):
             )
         # A collator of the user's own, even one derived from TRL's, stays.
         if type(self.data_collator) is DataCollatorForVisionLanguageModeling:
-            self.data_collator = VWLMMDataCollator(**vars(self.data_collator), packing=packing)
+            self.data_collator = VWLMMDataCollator(
+                **vars(self.data_collator), packing=packing, objectives=self._objectives
+            )
             if args.chat_template is not None:
                 is_jinja = "{" in args.chat_template
                 self.data_collator.chat_template = (
@@ -177,7 +162,13 @@ class VWLMMTrainer(SFTTrainer):
                 f"`packing` is set, and batches come from a {type(self.data_collator).__name__}, which does not pack. It "
                 "needs a dataset with an `images` column and no `data_collator` of your own; else leave it out."
             )
-        self._sums = {"train": Counter(), "eval": Counter()}
+        self._means = {mode: PositionMeans(self._weights) for mode in ("train", "eval")}
+
+    def _runs_tower_without_images(self) -> bool:
+        if self.accelerator.num_processes == 1:
+            return False
+        tower_learns = any(parameter.requires_grad for parameter in self._base_model.model.vision_tower.parameters())
+        return tower_learns or self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
 
     def _check_processor(self) -> None:
         if self.processing_class.image_token_id != self._config.image_token_id:
@@ -213,16 +204,19 @@ class VWLMMTrainer(SFTTrainer):
             )
 
     def _set_signature_columns_if_needed(self) -> None:
+        # Private: Transformers has no public list of the columns that a collator reads.
         super()._set_signature_columns_if_needed()
-        if "id" not in self._signature_columns:
-            self._signature_columns = [*self._signature_columns, "id"]
+        needed = ["id", *(column for objective in self._objectives.values() for column in objective.columns)]
+        self._signature_columns += [column for column in needed if column not in self._signature_columns]
 
-    def train(self, *args, **kwargs):
+    def train(self, *args, **kwargs) -> TrainOutput:
+        """See `Trainer.train`. Writes the stage into `config.trained_stages`."""
         if self.args.stage not in self._config.trained_stages:
             self._config.trained_stages = [*self._config.trained_stages, self.args.stage]
         return super().train(*args, **kwargs)
 
-    def _get_train_sampler(self, train_dataset=None):
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        # Private: Transformers has no public way to bring a sampler.
         dataset = self.train_dataset if train_dataset is None else train_dataset
         groups = self.args.train_sampling_strategy == "group_by_length"
         if not groups or not isinstance(dataset, Dataset) or "images" not in dataset.column_names:
@@ -233,79 +227,81 @@ class VWLMMTrainer(SFTTrainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return ModalityLengthGroupedSampler(self.args.global_batch_size, lengths, has_images, seed)
 
-    def _get_num_items_in_batch(self, batch_samples, device):
-        """The text positions that the loss of an optimiser step is a mean over; the image positions are kept aside."""
-        num_text_positions = sum((batch["labels"][:, 1:] != -100).sum() for batch in batch_samples)
-        num_image_positions = sum(
-            get_supervised_image_positions(
-                batch["input_ids"],
-                batch.get("attention_mask"),
-                self._config.image_token_id,
-                position_ids=batch.get("position_ids"),
-            ).sum()
-            for batch in batch_samples
-        )
-        counts = torch.tensor([num_text_positions, num_image_positions], device=device)
-        if self.args.average_tokens_across_devices:
-            # The gradients of all processes will be averaged: positions a process make that an average over positions.
-            counts = self.accelerator.reduce(counts, "sum") / self.accelerator.num_processes
-        num_items_in_batch, self._num_image_items_in_batch = counts.unbind()
-        return num_items_in_batch
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        # Private: no public hook sees the weights that sharded training puts together.
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            save_training_modules(self._base_model, output_dir or self.args.output_dir, state_dict)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        num_image_items_in_batch = None if num_items_in_batch is None else self._num_image_items_in_batch
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        # Private, as is all resuming. DeepSpeed has a checkpoint of its own, of all modules, and does not come here.
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_training_modules(self._base_model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        # Private, as is all resuming.
+        super()._load_best_model()
+        if not self.is_deepspeed_enabled:
+            load_training_modules(self._base_model, self.state.best_model_checkpoint)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], dict[str, int | torch.Tensor]]:
+        """The micro-batches of an optimiser step, and the positions in them that each loss is a mean over, by name."""
+        batches = list(islice(epoch_iterator, num_batches))
+        counts = dict.fromkeys(self._objectives, 0)
+        for batch in batches:
+            if "supervised_positions" not in batch:  # from a collator of the user's own
+                batch["supervised_positions"] = find_supervised_positions(
+                    self._objectives, batch, self._config.image_token_id
+                )
+            for name, positions in batch["supervised_positions"]["by_objective"].items():
+                counts[name] += len(positions)
+        if self.args.average_tokens_across_devices and self.accelerator.num_processes > 1:
+            # The gradients of all processes will be averaged: positions a process make that an average over positions.
+            total = self.accelerator.reduce(torch.tensor(list(counts.values()), device=device), "sum")
+            counts = dict(zip(counts, total / self.accelerator.num_processes, strict=True))
+        return batches, counts
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Mapping[str, int | torch.Tensor] | torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, VWLMMCausalLMOutputWithPast]:
+        """See `Trainer.compute_loss`. In training `num_items_in_batch` are the counts of `get_batch_samples`."""
+        means = self._means["train" if self.model.training else "eval"]
+        means.add_padding(inputs["input_ids"], inputs.get("attention_mask"))
+        if isinstance(self.data_collator, VWLMMDataCollator):
+            # It pads on the right, which no position before sees. Without a mask attention is cheaper, and the host
+            # need not look into it.
+            inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
         outputs = model(
             **inputs,
             # Logits for a caller who asks for outputs, else for no position at all.
             logits_to_keep=0 if return_outputs else torch.empty(0, dtype=torch.long),
             visual_objective=self.args.visual_objective,
-            visual_loss_weight=self.args.visual_loss_weight if self.args.stage == 4 else 1.0,
-            num_items_in_batch=num_items_in_batch,
-            num_image_items_in_batch=num_image_items_in_batch,
+            visual_loss_weight=self.args.visual_loss_weight,
+            # What evaluation counts are positions of text alone.
+            num_items_in_batch=num_items_in_batch if isinstance(num_items_in_batch, Mapping) else None,
             use_cache=False,
         )
-        loss = outputs.loss
-        if self.model.training and not torch.isfinite(loss):
+        if self.model.training and not torch.isfinite(outputs.loss):
+            losses = ", ".join(f"{name} {loss.item()}" for name, loss in outputs.losses.items())
             raise FloatingPointError(
-                f"The loss of step {self.state.global_step + 1} is {loss.item()} (language loss "
-                f"{outputs.language_loss}, visual loss {outputs.visual_loss}). Training stops before this step "
-                f"changes the weights; checkpoints in {self.args.output_dir} are untouched. Lower the learning rate, "
-                "or look at the data of this step."
+                f"The loss of step {self.state.global_step + 1} is {outputs.loss.item()} ({losses}). Training stops "
+                f"before this step changes the weights; checkpoints in {self.args.output_dir} are untouched. Lower the "
+                "learning rate, or look at the data of this step."
             )
-        self._add_to_sums(inputs, outputs, num_items_in_batch, num_image_items_in_batch)
-        if self.model.training and self.args.stage == 1 and "pixel_values" not in inputs:
-            # A micro-batch without images: the adapter, all that trains, took no part in it.
-            loss.requires_grad_()
-        return (loss, outputs) if return_outputs else loss
-
-    def _add_to_sums(self, inputs, outputs, num_text_items, num_image_items) -> None:
-        sums = self._sums["train" if self.model.training else "eval"]
-        sums["positions"] += inputs["input_ids"].numel()
-        sums["padding_share"] += (inputs["attention_mask"] == 0).sum().item() if "attention_mask" in inputs else 0
-        if outputs.language_loss is not None:
-            num_positions = outputs.num_text_positions.item()
-            denominator = num_positions if num_text_items is None else float(num_text_items)
-            sums["num_text_positions"] += num_positions
-            sums["language_loss"] += outputs.language_loss.item() * denominator
-        if outputs.visual_loss is not None:
-            num_positions = outputs.num_image_positions.item()
-            denominator = num_positions if num_image_items is None else float(num_image_items)
-            sums["num_image_positions"] += num_positions
-            sums["visual_loss"] += outputs.visual_loss.item() * denominator
-            sums["visual_word_entropy"] += outputs.visual_word_entropy.item() * num_positions
+        means.add_terms(outputs.terms)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
-        sums, self._sums[mode] = self._sums[mode], Counter()
-        totals = Counter()
-        for process_sums in gather_object([sums]):
-            totals.update(process_sums)
-        prefix = "eval_" if mode == "eval" else ""
-        for name, total in totals.items():
-            if name in POSITIONS_BEHIND:
-                total /= max(totals[POSITIONS_BEHIND[name]], 1)
-            if name != "positions":
-                logs[prefix + name] = total
+        """See `Trainer.log`. Adds the mean of each loss and metric over its positions since the last log."""
+        mode, prefix = ("train", "") if self.model.training else ("eval", "eval_")
+        # In place: `evaluate` returns what is logged here.
+        logs.update({prefix + name: mean for name, mean in self._means[mode].pop().items()})
         super().log(logs, start_time)
 
     def create_model_card(
@@ -346,13 +342,9 @@ class VWLMMTrainer(SFTTrainer):
         ).save(file)
 
 
-# What each logged mean is a mean over.
-POSITIONS_BEHIND = {
-    "language_loss": "num_text_positions",
-    "visual_loss": "num_image_positions",
-    "visual_word_entropy": "num_image_positions",
-    "padding_share": "positions",
-}
+def all_datasets(datasets: Any) -> list[Dataset | IterableDataset]:
+    """The datasets of what a trainer takes as one, none, or several by name."""
+    return [] if datasets is None else list(datasets.values()) if isinstance(datasets, dict) else [datasets]
 
 
 def check_options(args: VWLMMTrainingArguments, kwargs: dict, uses_peft: bool) -> None:
@@ -370,27 +362,34 @@ def check_options(args: VWLMMTrainingArguments, kwargs: dict, uses_peft: bool) -
         raise ValueError("`compute_metrics` is set, and stage 3 computes no logits of text. Leave it out.")
     if uses_peft and args.stage in (1, 3):
         raise ValueError(
-            f"Stage {args.stage} trains {', '.join(STAGES[args.stage].trains)} alone, which PEFT would freeze. Use PEFT "
+            f"Stage {args.stage} trains {', '.join(args.get_trained_modules())} alone, which PEFT would freeze. Use PEFT "
             "in stages 2 and 4, or leave `peft_config` out."
         )
 
 
-def set_trainable_parameters(model: PreTrainedModel, stage: int) -> None:
+def set_trainable_parameters(model: PreTrainedModel, modules: int | Sequence[str]) -> None:
     """
-    Lets the parameters of a stage train, and freezes every other.
+    Lets the parameters of modules train, and freezes every other.
+
+    Args:
+        model (`PreTrainedModel`): The model.
+        modules (`int` or `Sequence[str]`): Paths of the modules, or the stage of VW-LMM that trains them.
 
     Raises:
         ValueError: If a parameter that trains is fp16, which AdamW's steps are too small for.
     """
+    if isinstance(modules, int):
+        modules = STAGES[modules].trains
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(tuple(f"{module}." for module in STAGES[stage].trains)))
+        parameter.requires_grad_(name.startswith(tuple(f"{module}." for module in modules)))
         if parameter.requires_grad and parameter.dtype == torch.float16:
             raise ValueError(f"{name} would train in float16. Load the model with `dtype=torch.float32`.")
 
 
 def warn_about_untrained_modules(model: VWLMMForConditionalGeneration, args: VWLMMTrainingArguments) -> None:
     """Warns about modules that a stage relies on and that no stage has trained."""
-    stage = STAGES[args.stage]
+    stages = METHODS[args.method]
+    stage = stages[args.stage]
     if args.stage == 3 and 3 not in model.config.trained_stages:
         logger.warning("Stage 3: the VM head has never been trained. It starts from random weights, as in the paper.")
     missing = [number for number in stage.builds_on if number not in model.config.trained_stages]
@@ -398,7 +397,7 @@ def warn_about_untrained_modules(model: VWLMMForConditionalGeneration, args: VWL
         missing.remove(3)
     for number in missing:
         logger.warning(
-            f"Stage {args.stage} ({stage.name}) builds on stage {number} ({STAGES[number].name}), which has not run "
-            f"on these weights: {', '.join(STAGES[number].trains)} may never have been trained. Run stage {number} "
+            f"Stage {args.stage} ({stage.name}) builds on stage {number} ({stages[number].name}), which has not run "
+            f"on these weights: {', '.join(stages[number].trains)} may never have been trained. Run stage {number} "
             f"first, or start from a checkpoint whose config.json lists it under `trained_stages`."
         )

@@ -1,0 +1,71 @@
+# Copyright 2026 The VW-LMM authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Adapters: how patch features become what the decoder reads.
+
+An adapter is a module made from a [`VWLMMConfig`] and called once for all images of a batch, with the patch features of the
+vision tower. What it needs beside them is in `config.adapter_config`. It returns image features, as `[I, N, D]` where all
+images have equally many, else as [`AdapterOutput`].
+
+Shapes: `I` images, `N` image tokens of one image, `W` width of the tower's patch features, `D` hidden size of the decoder.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+from transformers.utils import ModelOutput
+
+from .configuration_vwlmm import VWLMMConfig
+
+
+@dataclass
+class AdapterOutput(ModelOutput):
+    """
+    image_features (`list[torch.Tensor]`):
+        The image features `x`, `[N, D]` an image.
+    keep_mask (`torch.BoolTensor` of shape `[I, N]`, *optional*):
+        Which image tokens the adapter keeps, if it drops some.
+    global_features (`torch.Tensor` of shape `[I, D]`, *optional*):
+        One feature for each image, if the adapter makes one.
+    """
+
+    image_features: list[torch.Tensor] | None = None
+    keep_mask: torch.Tensor | None = None
+    global_features: torch.Tensor | None = None
+
+
+# Every adapter under the name that `config.adapter` has for it: classes made from a config, with
+# `forward(patch_features [I, N, W])`. The MLP of two layers is LLaVA's own, and so are the names of its tensors.
+ADAPTERS: dict[str, type[nn.Module]] = {"mlp": LlavaMultiModalProjector}
+
+
+def make_adapter(config: VWLMMConfig) -> nn.Module:
+    """
+    The adapter that `config.adapter` names.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    if config.adapter not in ADAPTERS:
+        raise ValueError(
+            f"`adapter` is {config.adapter!r}; expected one of {sorted(ADAPTERS)}. Add a class of your own to `ADAPTERS` "
+            "before the model is made."
+        )
+    return ADAPTERS[config.adapter](config)
+
+
+def adapt(adapter: nn.Module, patch_features: torch.Tensor, image_sizes: list[int] | None = None) -> AdapterOutput:
+    """
+    Calls an adapter, and gives what it returns its full form.
+
+    Args:
+        adapter (`nn.Module`): The adapter.
+        patch_features (`torch.Tensor` of shape `[I, N, W]`): What the tower made of the images.
+        image_sizes (`list[int]`, *optional*): Patches of each image, for towers that put all images into one row.
+    """
+    output = adapter(patch_features)  # [I, N, D]
+    if isinstance(output, AdapterOutput):
+        return output
+    return AdapterOutput(list(output) if image_sizes is None else list(output.squeeze(0).split(image_sizes)))

@@ -1,0 +1,625 @@
+# Copyright 2026 The VW-LMM authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Objectives: what text and image positions learn.
+
+An objective names the positions of a batch that it supervises, before the forward and from token ids and labels alone. After
+the decoder has run it makes a [`Term`], the sum of its loss over them. Means, weights, accumulation and processes are applied
+to all objectives alike, in [`compute_loss`]: `loss = Σ_k weight_k · total_k / count_k`, where `count_k` counts over the whole
+optimiser step. The targets of an objective are detached; what else learns from it is the business of `requires_grad`.
+
+Shapes: `B` batch, `L` sequence length, `I` images, `N` image tokens of one image, `K` positions that an objective supervises,
+`D` hidden size of the decoder, `W` width of the tower's patch features, `C` vocabulary size.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple, TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .loss_vwlmm import linear_row_losses
+
+
+class Term(NamedTuple):
+    """
+    total (`torch.Tensor` of shape `()`):
+        Sum of the loss over the supervised positions of this batch. Those that share a head's pass have their gradient in
+        the pass, and none here.
+    count (`int`):
+        Number of these positions.
+    metrics (`dict[str, torch.Tensor]`):
+        Further sums over these positions, for the logs.
+    """
+
+    total: torch.Tensor
+    count: int
+    metrics: dict[str, torch.Tensor]
+
+
+class HeadRows(NamedTuple):
+    """
+    What one head over the vocabulary has to predict: tokens, or the distribution that a second head makes. Objectives that
+    read the same head share its pass, in which nothing of size `[positions, C]` is ever held.
+
+    head (`torch.Tensor` of shape `[C, D]`):
+        Weight of the head that learns.
+    hidden (`torch.Tensor` of shape `[K, D]`):
+        Its inputs.
+    labels (`torch.LongTensor` of shape `[K]`, *optional*):
+        The tokens to predict,
+    teacher (`torch.Tensor` of shape `[K, D']`, *optional*):
+        or the inputs of the head that says what to predict,
+    teacher_head (`torch.Tensor` of shape `[C, D']`, *optional*):
+        and its weight.
+    teacher_entropy, student_entropy (`str`, *optional*):
+        Names under which the entropies of the two distributions are logged, in nats.
+    """
+
+    head: torch.Tensor
+    hidden: torch.Tensor
+    labels: torch.Tensor | None = None
+    teacher: torch.Tensor | None = None
+    teacher_head: torch.Tensor | None = None
+    teacher_entropy: str | None = None
+    student_entropy: str | None = None
+
+
+@dataclass
+class ObjectiveInputs:
+    """
+    What an objective may read.
+
+    model (`VWLMMForConditionalGeneration`):
+        The model, with its heads and, from `get_training_module`, what objectives have added.
+    batch (`dict[str, torch.Tensor]`):
+        `input_ids`, `[B, L]`, and where there are some `labels`, `attention_mask`, `position_ids`, and the columns that
+        objectives ask for.
+    hidden_states (`torch.Tensor` of shape `[B, L, D]`):
+        Output `h` of the decoder.
+    layers (`Sequence[torch.Tensor]`, *optional*):
+        Outputs of all layers, `[B, L, D]` each, if an objective asks for one.
+    images ([`VWLMMImageFeaturesOutput`], *optional*):
+        What tower and adapter made of the images.
+    logits (`torch.Tensor` of shape `[B, L, C]`, *optional*):
+        The logits of all positions, if they have been computed anyway.
+    supervised_positions ([`SupervisedPositions`], *optional*):
+        The positions, if they have been found.
+    kwargs (`dict`):
+        What `forward` was called with beside its own arguments.
+    """
+
+    model: nn.Module
+    batch: dict[str, torch.Tensor]
+    hidden_states: torch.Tensor
+    layers: Sequence[torch.Tensor] | None = None
+    images: Mapping[str, Any] | None = None
+    logits: torch.Tensor | None = None
+    supervised_positions: "SupervisedPositions | None" = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def positions_of(self, objective: "Objective") -> torch.Tensor:
+        """The positions that an objective supervises, counted through the rows of the batch (`n + L * row`), `[K]`."""
+        if self.supervised_positions is not None:
+            return self.supervised_positions["by_objective"][objective.name]
+        return objective.positions(self.batch, self.model.config.image_token_id).flatten().nonzero().squeeze(1)
+
+    def hidden_before(self, positions: torch.Tensor) -> torch.Tensor:
+        """`h_{n-1}`, from which the decoder predicts position `n`: `[K, D]`."""
+        return self.hidden_states.flatten(0, 1)[positions.to(self.hidden_states.device) - 1]
+
+    def at_image_tokens(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Of what there is one row of for each image token, `[I * N, ...]`, the rows of `positions`: `[K, ...]`."""
+        is_image = (self.batch["input_ids"] == self.model.config.image_token_id).flatten()  # [B * L]
+        indices = (is_image.cumsum(0) - 1)[positions.to(is_image.device)]  # [K]
+        return rows[indices.to(rows.device)].to(self.hidden_states.device)
+
+    def image_features_at(self, positions: torch.Tensor) -> torch.Tensor:
+        """`x_n`, what the adapter made of the image there: `[K, D]`."""
+        if self.images is None:
+            return self.hidden_states.new_empty(0, self.hidden_states.shape[-1])
+        return self.at_image_tokens(torch.cat(tuple(self.images["image_features"])), positions)
+
+
+class Objective:
+    """
+    One supervision. A subclass says `positions` and makes `predict`; its options are the arguments of `__init__`.
+    """
+
+    name: ClassVar[str]
+    # Whether the decoder learns from it. If nothing teaches the decoder, it runs without gradients.
+    teaches_decoder: ClassVar[bool] = True
+    # Whether labels in the batch are learned beside it, unless they are asked for.
+    beside_language: ClassVar[bool] = True
+    # What it reads of a batch beside token ids, labels and images: arguments of `forward`, and columns of a dataset.
+    columns: ClassVar[tuple[str, ...]] = ()
+    # Layers of the decoder whose outputs it reads, as indices of `hidden_states`.
+    layers: tuple[int, ...] = ()
+
+    def positions(self, batch: Mapping[str, Any], image_token_id: int) -> torch.Tensor:
+        """
+        The positions that it supervises.
+
+        Args:
+            batch (`Mapping`): `input_ids` `[B, L]`, and where there are some `labels`, `attention_mask`, `position_ids`
+                (0 where one of several samples in a row begins) and the columns that it asks for.
+            image_token_id (`int`): Id of the image placeholder.
+
+        Returns:
+            `torch.BoolTensor` of shape `[B, L]`.
+        """
+        raise NotImplementedError
+
+    def predict(self, inputs: ObjectiveInputs) -> Term | HeadRows:
+        """The term, or what a head over the vocabulary has to predict, over `inputs.positions_of(self)`."""
+        raise NotImplementedError
+
+    def make_modules(self, model: nn.Module) -> nn.Module | None:
+        """The module that it trains beside the model's own, if it needs one: in training alone, never in a checkpoint."""
+        return None
+
+    def collate(self, examples: list[dict[str, Any]], processor: Any) -> dict[str, torch.Tensor]:
+        """The columns that it asks for, from samples of a dataset, as tensors of a batch."""
+        return {}
+
+
+def get_supervised_image_positions(
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    image_token_id: int,
+    position_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    The image positions that the decoder predicts, `S_VM`: those with a predecessor that is not padding.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `[B, L]`): Token ids, every image expanded to its placeholders.
+        attention_mask (`torch.Tensor` of shape `[B, L]`, *optional*): 0 where `input_ids` is padding.
+        image_token_id (`int`): Id of the placeholder.
+        position_ids (`torch.LongTensor` of shape `[B, L]`, *optional*): 0 where a sample begins, for several in a row.
+
+    Returns:
+        `torch.BoolTensor` of shape `[B, L]`.
+    """
+    is_supervised = input_ids == image_token_id  # [B, L]
+    is_supervised[:, 0] = False
+    if attention_mask is not None:
+        is_supervised[:, 1:] &= attention_mask[:, :-1].bool()
+    if position_ids is not None:
+        is_supervised &= position_ids != 0
+    return is_supervised
+
+
+class Language(Objective):
+    """Cross-entropy with the text (equation 2 of the paper)."""
+
+    name = "language"
+
+    def positions(self, batch: Mapping[str, Any], image_token_id: int) -> torch.Tensor:
+        is_supervised = batch["labels"] != -100  # [B, L]
+        is_supervised[:, 0] = False
+        return is_supervised
+
+    def predict(self, inputs: ObjectiveInputs) -> Term | HeadRows:
+        labels = inputs.batch["labels"]
+        if inputs.logits is None:
+            positions = inputs.positions_of(self)  # [T]
+            targets = labels.flatten()[positions.to(labels.device)].to(inputs.hidden_states.device)  # [T]
+            return HeadRows(inputs.model.lm_head.weight, inputs.hidden_before(positions), targets)
+        # All logits are there anyway: LLaVA's own loss, to the last digit. Divided by 1, it is a sum.
+        total = inputs.model.loss_function(
+            logits=inputs.logits,
+            labels=labels,
+            vocab_size=inputs.model.config.text_config.vocab_size,
+            num_items_in_batch=1,
+            **inputs.kwargs,
+        )
+        return Term(total, (labels[:, 1:] != -100).sum(), {})
+
+
+class VisualWords(Objective):
+    """Stage IV, `KL(P' ‖ Q)`: the decoder predicts the visual words (equation 6 of the paper)."""
+
+    name = "visual_words"
+
+    def positions(self, batch: Mapping[str, Any], image_token_id: int) -> torch.Tensor:
+        return get_supervised_image_positions(
+            batch["input_ids"], batch.get("attention_mask"), image_token_id, batch.get("position_ids")
+        )
+
+    def predict(self, inputs: ObjectiveInputs) -> HeadRows:
+        positions = inputs.positions_of(self)  # [V]
+        return HeadRows(
+            inputs.model.lm_head.weight,
+            inputs.hidden_before(positions),
+            teacher=inputs.image_features_at(positions).detach(),
+            teacher_head=inputs.model.model.vm_head.weight,
+            teacher_entropy="visual_word_entropy",
+        )
+
+
+class VMHeadObjective(VisualWords):
+    """Stage III, `KL(Q ‖ P')`: the VM head learns from what the decoder predicts."""
+
+    name = "vm_head"
+    teaches_decoder = False
+    beside_language = False
+
+    def predict(self, inputs: ObjectiveInputs) -> HeadRows:
+        positions = inputs.positions_of(self)  # [V]
+        return HeadRows(
+            inputs.model.model.vm_head.weight,
+            inputs.image_features_at(positions),
+            teacher=inputs.hidden_before(positions).detach(),
+            teacher_head=inputs.model.lm_head.weight,
+            student_entropy="visual_word_entropy",
+        )
+
+
+class TokenLabels(VisualWords):
+    """
+    Cross-entropy with one given token for each image position, its hard visual word: the column `image_labels`,
+    `[images][N]` tokens of a sample (ids or words), -100 where none is given.
+    """
+
+    name = "token_labels"
+    columns = ("image_labels",)
+
+    def positions(self, batch: Mapping[str, Any], image_token_id: int) -> torch.Tensor:
+        is_image = batch["input_ids"] == image_token_id  # [B, L]
+        has_label = torch.zeros_like(is_image).masked_scatter(is_image, batch["image_labels"].flatten() != -100)
+        return super().positions(batch, image_token_id) & has_label
+
+    def predict(self, inputs: ObjectiveInputs) -> HeadRows:
+        positions = inputs.positions_of(self)
+        labels = inputs.at_image_tokens(inputs.batch["image_labels"].flatten(), positions)  # [K]
+        return HeadRows(inputs.model.lm_head.weight, inputs.hidden_before(positions), labels)
+
+    def collate(self, examples: list[dict[str, Any]], processor: Any) -> dict[str, torch.Tensor]:
+        num_tokens = processor.image_seq_length
+        rows = [
+            self._read(image, example, num_tokens, processor) for example in examples for image in _labels(example)
+        ]
+        return {"image_labels": torch.tensor(rows, dtype=torch.long).reshape(-1, num_tokens)}  # [I, N]
+
+    @staticmethod
+    def _read(image: Sequence[int | str], example: dict[str, Any], num_tokens: int, processor: Any) -> list[int]:
+        name = f"Sample {example.get('id')!r}"
+        if len(image) != num_tokens:
+            raise ValueError(
+                f"{name}: an image has {len(image)} `image_labels`; expected {num_tokens}, one for each of its tokens, and "
+                "-100 where none is given."
+            )
+        vocabulary, ids = processor.tokenizer.get_vocab(), []
+        for label in image:
+            if isinstance(label, str):
+                # A word inside a text: most tokenizers know it with a mark of the space in front of it.
+                known = [form for form in (label, f"▁{label}", f"Ġ{label}") if form in vocabulary]
+                if not known:
+                    raise ValueError(
+                        f"{name}: the image label {label!r} is no token of the tokenizer. Give the id of a token, or a word "
+                        "that is one."
+                    )
+                label = vocabulary[known[-1]]
+            if label != -100 and not 0 <= label < processor.image_token_id:
+                raise ValueError(f"{name}: the image label {label} is no id of a token, and not -100 for none.")
+            ids.append(label)
+        return ids
+
+
+def _labels(example: dict[str, Any]) -> list[Sequence[int | str]]:
+    labels, num_images = example.get("image_labels") or [], len(example.get("images") or [])
+    if len(labels) != num_images:
+        raise ValueError(
+            f"Sample {example.get('id')!r} has `image_labels` for {len(labels)} images, and {num_images} images; expected one "
+            "list for each image."
+        )
+    return labels
+
+
+class Features(VisualWords):
+    """
+    The next image feature by regression through a linear head: `x_n` from `h_{n-1}` (figure 2b of the paper; Emu). With
+    `shift=False` and a `layer`, the aligned variant (VIRAL): the tower's patch feature of position `n` from the output of
+    that layer at `n` itself.
+
+    Args:
+        loss (`str`, *optional*, defaults to `"mse"`): `"mse"`, the mean over the elements of a feature, or `"cosine"`, one
+            minus the cosine.
+        shift (`bool`, *optional*, defaults to `True`): Whether position `n` is predicted from the one before it.
+        layer (`int`, *optional*): Index into the decoder's `hidden_states` (0 are the embeddings), with `shift=False` alone.
+            By default the last one.
+
+    Raises:
+        ValueError: If `loss` is neither, or there is a `layer` beside `shift`.
+    """
+
+    name = "features"
+
+    def __init__(self, loss: str = "mse", shift: bool = True, layer: int | None = None):
+        if loss not in ("mse", "cosine"):
+            raise ValueError(f"`loss` of `features` is {loss!r}; expected 'mse' or 'cosine'.")
+        if shift and layer is not None:
+            raise ValueError(
+                f"`layer` of `features` is {layer}, and `shift` is true: the next image feature is predicted from the last "
+                "layer. Set `shift` to false to align a layer with the tower."
+            )
+        self.loss = loss
+        self.shift = shift
+        self.layers = () if shift else (-1 if layer is None else layer,)
+
+    def positions(self, batch: Mapping[str, Any], image_token_id: int) -> torch.Tensor:
+        return super().positions(batch, image_token_id) if self.shift else batch["input_ids"] == image_token_id
+
+    def make_modules(self, model: nn.Module) -> nn.Module:
+        hidden_size = model.config.text_config.hidden_size
+        return nn.Linear(hidden_size, hidden_size if self.shift else model.model.get_patch_feature_size())
+
+    def predict(self, inputs: ObjectiveInputs) -> Term:
+        positions, head = inputs.positions_of(self), inputs.model.get_training_module(self.name)
+        if self.shift:
+            hidden, targets = inputs.hidden_before(positions), inputs.image_features_at(positions)  # [K, D], [K, D]
+        else:
+            hidden = inputs.layers[self.layers[0]].flatten(0, 1)[positions]  # [K, D]
+            patch_features = (
+                hidden.new_empty(0, head.out_features) if inputs.images is None else inputs.images["patch_features"]
+            )
+            targets = inputs.at_image_tokens(patch_features.flatten(0, -2), positions)  # [K, W]
+        predicted = head(hidden.to(head.weight.dtype)).float()  # [K, D or W]
+        targets = targets.detach().float()
+        cosines = F.cosine_similarity(predicted, targets, dim=-1)  # [K]
+        losses = 1 - cosines if self.loss == "cosine" else (predicted - targets).square().mean(dim=-1)  # [K]
+        return Term(losses.sum(), len(positions), {"features_cosine": cosines.detach().sum()})
+
+
+# Every objective that `visual_objective` may name. A class of your own joins by standing here.
+OBJECTIVES: dict[str, type[Objective]] = {
+    objective.name: objective for objective in (Language, VisualWords, VMHeadObjective, TokenLabels, Features)
+}
+
+# A weight, or a mapping with `weight` and the options of the objective.
+Weight = float | Mapping[str, Any]
+
+
+def parse_objectives(
+    visual_objective: str | Mapping[str, Weight] | None, visual_loss_weight: float = 1.0, has_labels: bool = True
+) -> tuple[dict[str, Objective], dict[str, float]]:
+    """
+    The objectives that are asked for, with their weights.
+
+    Args:
+        visual_objective (`str` or mapping, *optional*): A name, or names with their weights. In place of a weight there may
+            be a mapping with `weight` and the objective's options. `"language"` is named to weigh or, at 0, to drop it.
+        visual_loss_weight (`float`, *optional*, defaults to 1.0): The weight where `visual_objective` is a name.
+        has_labels (`bool`, *optional*, defaults to `True`): Whether there is text to learn.
+
+    Returns:
+        Objectives and weights by name. Those of weight 0 are left out.
+
+    Raises:
+        ValueError: If a name is unknown, a weight is negative or not finite, or an option does not fit.
+    """
+    if visual_objective is None or isinstance(visual_objective, str):
+        visual_objective = {} if visual_objective is None else {visual_objective: visual_loss_weight}
+    if not isinstance(visual_objective, Mapping):
+        raise ValueError(
+            f"`visual_objective` is {visual_objective!r}; expected a name or a mapping of names to weights. Names are "
+            f"{_names()}."
+        )
+    objectives, weights = {}, {}
+    for name, options in visual_objective.items():
+        if name not in OBJECTIVES:
+            raise ValueError(f"`visual_objective` is {name!r}; expected None, {_names()}.")
+        options = dict(options) if isinstance(options, Mapping) else {"weight": options}
+        weight = options.pop("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+            raise ValueError(f"The weight of `{name}` is {weight!r}; expected a finite number that is not negative.")
+        try:
+            objectives[name] = OBJECTIVES[name](**options)
+        except TypeError as error:
+            raise ValueError(f"`{name}` has no such options as {sorted(options)}: {error}") from error
+        weights[name] = float(weight)
+    beside_language = not objectives or any(objective.beside_language for objective in objectives.values())
+    if has_labels and "language" not in objectives and beside_language:
+        objectives, weights = {"language": Language(), **objectives}, {"language": 1.0, **weights}
+    if not has_labels:
+        objectives.pop("language", None)
+    objectives = {name: objective for name, objective in objectives.items() if weights[name] > 0}
+    return objectives, {name: weights[name] for name in objectives}
+
+
+def _names() -> str:
+    others = [repr(name) for name in OBJECTIVES if name not in ("language", "visual_words", "vm_head")]
+    return f"'visual_words' or 'vm_head' of the paper, or one of {', '.join(others)}"
+
+
+class SupervisedPositions(TypedDict):
+    """
+    What of a batch is learned, as a mapping that trainers move between devices. A collator finds it on the host; on an accelerator the host would have to wait for it.
+
+    by_objective (`dict[str, torch.LongTensor]`):
+        The positions that each objective supervises, counted through the rows (`n + num_columns * row`), `[K]`.
+    num_image_tokens (`int`):
+        Placeholders in the batch.
+    num_columns (`int`):
+        Columns that are needed: without text to learn, those up to the last image token. What stands behind it cannot
+        reach what is predicted up to it.
+    """
+
+    by_objective: dict[str, torch.Tensor]
+    num_image_tokens: int
+    num_columns: int
+
+
+def find_supervised_positions(
+    objectives: Mapping[str, Objective], batch: Mapping[str, Any], image_token_id: int
+) -> SupervisedPositions:
+    """
+    The positions of a batch that objectives supervise.
+
+    Args:
+        objectives (`Mapping[str, Objective]`): As [`parse_objectives`] returns them.
+        batch (`Mapping`): What `Objective.positions` reads.
+        image_token_id (`int`): Id of the image placeholder.
+    """
+    is_image = batch["input_ids"] == image_token_id  # [B, L]
+    num_columns = is_image.shape[1]
+    if "language" not in objectives:
+        image_columns = is_image.any(dim=0).nonzero()  # [columns, 1]
+        num_columns = int(image_columns[-1]) + 1 if len(image_columns) else 1
+    batch = cut_columns(batch, num_columns)
+    masks = {name: objective.positions(batch, image_token_id) for name, objective in objectives.items()}  # [B, L]
+    positions = {name: mask.flatten().nonzero().squeeze(1) for name, mask in masks.items()}
+    return {"by_objective": positions, "num_image_tokens": int(is_image.sum()), "num_columns": num_columns}
+
+
+def cut_columns(batch: Mapping[str, Any], num_columns: int) -> dict[str, Any]:
+    """A batch without the columns behind the first so many."""
+    rows = ("input_ids", "attention_mask", "position_ids", "labels")
+    return {
+        name: value[:, :num_columns] if name in rows and value is not None else value for name, value in batch.items()
+    }
+
+
+def take_columns(
+    objectives: Mapping[str, Objective], input_ids: torch.Tensor | None, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """
+    Takes what objectives ask for, beside token ids, labels and images, out of `kwargs`.
+
+    Raises:
+        ValueError: If it is not there.
+    """
+    if input_ids is None and any(name != "language" for name in objectives):
+        raise ValueError("A `visual_objective` needs `input_ids`: they say which positions are image tokens.")
+    columns = {}
+    for name, objective in objectives.items():
+        for column in objective.columns:
+            if column not in kwargs:
+                raise ValueError(f"The objective `{name}` needs `{column}`, which is not among the inputs. Pass it.")
+            columns[column] = kwargs[column]
+    for column in columns:
+        del kwargs[column]
+    return columns
+
+
+def teaches_decoder(objectives: Mapping[str, Objective]) -> bool:
+    """Whether the decoder may learn. Without objectives, what learns is the caller's business."""
+    return not objectives or any(objective.teaches_decoder for objective in objectives.values())
+
+
+def reads_layers(objectives: Mapping[str, Objective]) -> bool:
+    """Whether an objective reads the outputs of the decoder's layers."""
+    return any(objective.layers for objective in objectives.values())
+
+
+def name_counts(
+    objectives: Mapping[str, Objective],
+    num_items_in_batch: int | torch.Tensor | Mapping[str, int | torch.Tensor] | None,
+    num_image_items_in_batch: int | torch.Tensor | None,
+) -> dict[str, int | torch.Tensor]:
+    """
+    The positions of an optimiser step by objective. A number alone counts those of the text, and
+    `num_image_items_in_batch` those of every objective that has none of its own.
+    """
+    if num_items_in_batch is None:
+        counts = {}
+    elif isinstance(num_items_in_batch, Mapping):
+        counts = dict(num_items_in_batch)
+    else:
+        counts = {"language": num_items_in_batch}
+    if num_image_items_in_batch is not None:
+        for name in objectives:
+            if name != "language":
+                counts.setdefault(name, num_image_items_in_batch)
+    return counts
+
+
+def compute_loss(
+    objectives: Mapping[str, Objective],
+    weights: Mapping[str, float],
+    inputs: ObjectiveInputs,
+    counts: Mapping[str, int | torch.Tensor],
+) -> tuple[torch.Tensor, dict[str, Term]]:
+    """
+    The loss, `Σ_k weight_k · total_k / count_k`, and its terms.
+
+    Args:
+        objectives, weights: As [`parse_objectives`] returns them.
+        inputs ([`ObjectiveInputs`]): What the objectives read.
+        counts: The positions of the whole optimiser step by objective. Those of this batch where there is none.
+    """
+    terms, scales, passes = {}, {}, []
+    for name, objective in objectives.items():
+        term = objective.predict(inputs)
+        if isinstance(term, Term):
+            terms[name] = term
+        else:
+            _check_on_device(term, inputs.hidden_states)
+            _join_pass(passes, name, term)
+        count = counts.get(name, term.count if isinstance(term, Term) else len(term.hidden))
+        scales[name] = weights[name] / at_least_one(count)
+    losses = [scales[name] * term.total for name, term in terms.items()]
+    for rows in passes:
+        loss, shared = _run_pass(rows, scales)
+        losses.append(loss)
+        terms |= shared
+    return sum(losses), {name: terms[name] for name in objectives}
+
+
+def at_least_one(count: int | torch.Tensor) -> torch.Tensor:
+    """A count to divide by: without positions a loss is zero, not 0 / 0."""
+    count = torch.as_tensor(count)
+    return count.where(count > 0, 1)
+
+
+def _check_on_device(rows: HeadRows, hidden_states: torch.Tensor) -> None:
+    if any(head is not None and head.is_meta for head in (rows.head, rows.teacher_head)) and not hidden_states.is_meta:
+        raise ValueError(
+            "The heads' weights are offloaded, and this loss reads them. Load the model with a `device_map` that "
+            "keeps `lm_head` and `model.vm_head` on a device."
+        )
+
+
+def _join_pass(passes: list[dict[str, HeadRows]], name: str, rows: HeadRows) -> None:
+    # One pass has one head that learns, and at most one that teaches.
+    for others in passes:
+        if all(other.head is rows.head for other in others.values()) and (
+            rows.teacher is None or all(other.teacher is None for other in others.values())
+        ):
+            others[name] = rows
+            return
+    passes.append({name: rows})
+
+
+def _run_pass(rows: dict[str, HeadRows], scales: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, Term]]:
+    """The weighted sum over all rows of one head, and the term of each objective among them."""
+    labelled = {name: r for name, r in rows.items() if r.teacher is None}
+    taught = {name: r for name, r in rows.items() if r.teacher is not None}  # one at most
+    head, hidden = next(iter(rows.values()))[:2]
+    teacher, teacher_head = hidden[:0], head
+    for r in taught.values():
+        teacher, teacher_head = r.teacher, r.teacher_head
+    sizes = [len(r.labels) for r in labelled.values()]
+    labels = [r.labels for r in labelled.values()] or [hidden.new_empty(0, dtype=torch.long)]
+    text_scales = [
+        scales[name].to(hidden.device).float().expand(size) for name, size in zip(labelled, sizes, strict=True)
+    ]
+    loss, cross_entropies, kl_div, teacher_entropy, student_entropy = linear_row_losses(
+        torch.cat([r.hidden for r in (*labelled.values(), *taught.values())]),
+        head,
+        torch.cat(labels),
+        teacher,
+        teacher_head,
+        torch.cat(text_scales) if text_scales else 0.0,
+        scales[next(iter(taught))] if taught else 0.0,
+    )
+    sums = [part.sum() for part in cross_entropies.split(sizes)] if sizes else []
+    terms = {name: Term(total, size, {}) for name, total, size in zip(labelled, sums, sizes, strict=True)}
+    for name, r in taught.items():
+        entropies = {r.teacher_entropy: teacher_entropy, r.student_entropy: student_entropy}
+        terms[name] = Term(kl_div, len(teacher), {n: entropy for n, entropy in entropies.items() if n is not None})
+    return loss, terms

@@ -1,0 +1,37 @@
+# Copyright 2026 The VW-LMM authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What a batch without images runs in their place, so that all processes, and all batches, train the same modules."""
+
+import torch
+
+from ..modeling_vwlmm import VWLMMModel
+from ..outputs_vwlmm import VWLMMImageFeaturesOutput
+
+
+def encode_no_images(model: VWLMMModel, runs_tower: bool) -> VWLMMImageFeaturesOutput:
+    """
+    Image features without a row, made by every module that images pass and connected with their parameters, which get a
+    gradient of zero.
+
+    Args:
+        model ([`VWLMMModel`]): The model.
+        runs_tower (`bool`): Whether the vision tower is among these modules. It has to be where parameters are sharded
+            (FSDP, ZeRO-3), for each module gathers its own on all processes together, and where it trains under DDP.
+            Elsewhere it would run in vain.
+
+    Returns:
+        [`VWLMMImageFeaturesOutput`] for no images.
+    """
+    config = model.config
+    options = {"device": model.device, "dtype": model.dtype}
+    if runs_tower:
+        vision_config = config.vision_config
+        size = (getattr(vision_config, "num_channels", 3), vision_config.image_size, vision_config.image_size)
+        images = model.get_image_features(torch.zeros(1, *size, **options))
+    else:
+        images = model.adapt(torch.zeros(1, config.image_seq_length, model.get_patch_feature_size(), **options))
+    return VWLMMImageFeaturesOutput(
+        pooler_output=[features[:0] for features in images.pooler_output],
+        image_features=[features[:0] for features in images.image_features],
+        patch_features=images.patch_features[:0],
+    )

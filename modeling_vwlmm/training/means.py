@@ -1,0 +1,59 @@
+# Copyright 2026 The VW-LMM authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What is logged: means over all positions since the last log, of all micro-batches and processes."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import torch
+from accelerate.utils import gather_object
+
+from ..objectives_vwlmm import Term
+
+
+class PositionMeans:
+    """
+    Sums over positions, kept on their device until they are asked for: reading them makes the host wait.
+
+    Args:
+        weights (`Mapping[str, float]`): Weights of the objectives, by name.
+    """
+
+    def __init__(self, weights: Mapping[str, float]) -> None:
+        self.weights = weights
+        self._sums: dict[tuple[str, str], list[torch.Tensor | int]] = defaultdict(list)
+
+    def add_terms(self, terms: Mapping[str, Term]) -> None:
+        """Adds what the objectives made of a batch."""
+        for name, term in terms.items():
+            for key, value in {"loss": term.total.detach(), "positions": term.count, **term.metrics}.items():
+                self._sums[name, key].append(value)
+
+    def add_padding(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+        """Adds a batch, `[B, L]` each, to the share of positions that are padding."""
+        self._sums["", "positions"].append(input_ids.numel())
+        self._sums["", "padding_share"].append(0 if attention_mask is None else (attention_mask == 0).sum())
+
+    def pop(self) -> dict[str, float]:
+        """The means of all processes, which call this together, under their names in the logs. Begins anew."""
+        sums, self._sums = self._sums, defaultdict(list)
+        # Tensor by tensor in the order they came, in double precision: the same however often is logged.
+        read = {key: sum(float(value) for value in values) for key, values in sums.items()}
+        totals: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        for process in gather_object([read]):
+            for (name, key), total in process.items():
+                totals[name][key] += total
+
+        logs = {}
+        visual = [name for name in totals if name not in ("", "language")]
+        for name, sums_of_name in totals.items():
+            num_positions = sums_of_name.pop("positions")
+            means = {key: total / max(num_positions, 1) for key, total in sums_of_name.items()}
+            if name:
+                kind = "text" if name == "language" else "image" if name == visual[0] else name
+                logs |= {f"{name}_loss": means.pop("loss"), f"num_{kind}_positions": num_positions}
+            logs |= means
+        if visual:
+            total_weight = sum(self.weights[name] for name in visual)
+            logs["visual_loss"] = sum(self.weights[name] * logs[f"{name}_loss"] for name in visual) / total_weight
+        return logs

@@ -1,0 +1,113 @@
+# Copyright 2026 The VW-LMM authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Visual words: image features as distributions over the vocabulary, and what can be read from them.
+
+Shapes: `I` images, `N` image tokens of one image, `D` hidden size of the decoder, `C` vocabulary size of the LLM.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from .loss_vwlmm import max_chunk_rows
+from .outputs_vwlmm import VisualWordsOutput
+
+
+class VMHead(nn.Linear):
+    """
+    `W_VM`, which makes visual words `P' = softmax(W_VM x)` of image features `x`.
+
+    A class of its own, so that bitsandbytes leaves it alone, as it does the MM head: the losses read both weights.
+    """
+
+    def forward(self, image_features: torch.Tensor, embeddings: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Args:
+            image_features (`torch.Tensor` of shape `[..., D]`): Image features `x`.
+            embeddings (`torch.Tensor` of shape `[C, D]`, *optional*): Token embeddings `E`.
+
+        Returns:
+            `torch.Tensor` of shape `[..., C]`, the logits of the visual words; with `embeddings` `[..., D]`, the pseudo
+            image features `softmax(W_VM x) E` (equation 8 of the paper). Rows of these pass in chunks, which backward
+            computes again: nothing of size `[..., C]` outlives its chunk.
+        """
+        if embeddings is None:
+            return super().forward(image_features)
+        chunks = image_features.split(max_chunk_rows(image_features.device, 4 * self.out_features))
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        return torch.cat([checkpoint(self._mix, chunk, embeddings, **options) for chunk in chunks])
+
+    def _mix(self, image_features: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+        visual_words = super().forward(image_features).softmax(dim=-1, dtype=torch.float32)  # [R, C]
+        return visual_words.to(embeddings) @ embeddings  # [R, D]
+
+
+def get_distribution(vm_head: nn.Module, image_features: torch.Tensor) -> torch.Tensor:
+    """The visual words `P'` of image features `[..., D]`, in fp32: `[..., C]`."""
+    return vm_head(image_features).softmax(dim=-1, dtype=torch.float32)
+
+
+class WithVisualWords:
+    """What a model with a VM head can do with visual words, with or without an MM head on top."""
+
+    @torch.no_grad()
+    def get_visual_words(self, pixel_values: torch.Tensor, top_k: int = 1) -> VisualWordsOutput:
+        """
+        The most probable visual words of every image token, `argmax softmax(W_VM x)` (section 4.2).
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `[I, 3, H, W]`): Preprocessed images.
+            top_k (`int`, *optional*, defaults to 1): How many visual words to return for each image token.
+
+        Returns:
+            [`VisualWordsOutput`] with `token_ids` and `probabilities`, both `[I, N, top_k]`.
+        """
+        image_features = torch.stack(self.get_image_features(pixel_values).image_features)  # [I, N, D]
+        vm_head = self.base_model.vm_head
+        # One image at a time: a distribution over the vocabulary is large.
+        top = [get_distribution(vm_head, features).topk(top_k) for features in image_features]  # I x [N, top_k]
+        return VisualWordsOutput(
+            token_ids=torch.stack([words.indices for words in top]),
+            probabilities=torch.stack([words.values for words in top]),
+        )
+
+    @torch.no_grad()
+    def get_nearest_tokens(self, pixel_values: torch.Tensor) -> torch.LongTensor:
+        """
+        The token whose embedding is nearest to every image token by cosine (equation 3, figure 3c).
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `[I, 3, H, W]`): Preprocessed images.
+
+        Returns:
+            `torch.LongTensor` of shape `[I, N]`.
+        """
+        image_features = self.get_image_features(pixel_values).image_features  # I x [N, D]
+        embeddings = self.get_vocabulary_embeddings(image_features[0].device)  # [C, D]
+        directions = F.normalize(embeddings.float(), dim=-1)  # [C, D]
+        # The length of x_n does not move the argmax over j of cos(x_n, E_j).
+        return torch.stack(
+            [(features.to(directions) @ directions.T).argmax(dim=-1) for features in image_features]
+        )  # [I, N]
+
+    def get_vocabulary_embeddings(self, device: torch.device) -> torch.Tensor:
+        """The embeddings `E` of all tokens, as the decoder reads them: `[C, D]`."""
+        # Looked up, not read from the weight: some decoders scale what they look up (Gemma), the weight is whole only
+        # inside the module's own call where it is sharded or offloaded, and serving engines pad it, while only its first
+        # C rows are tokens.
+        return self.get_input_embeddings()(torch.arange(self.config.text_config.vocab_size, device=device))
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """See `PreTrainedModel.resize_token_embeddings`. Visual words are tokens, so the VM head is resized, too."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        vm_head, num_tokens = self.base_model.vm_head, embeddings.num_embeddings
+        if vm_head.out_features != num_tokens:
+            # Private, for there is no public way to resize a head that is not the model's output. It makes a plain
+            # linear layer.
+            resized = self._get_resized_lm_head(vm_head, num_tokens, mean_resizing=mean_resizing)
+            vm_head.weight, vm_head.out_features = resized.weight, num_tokens
+        return embeddings
