@@ -20,6 +20,7 @@ from typing import Any, ClassVar, NamedTuple, TypedDict
 import torch
 import torch.nn.functional as F
 from torch import nn
+from typing_extensions import NotRequired
 
 from .loss_vwlmm import linear_row_losses
 
@@ -161,8 +162,10 @@ class Objective:
         """The module that it trains beside the model's own, if it needs one: in training alone, never in a checkpoint."""
         return None
 
-    def collate(self, examples: list[dict[str, Any]], processor: Any) -> dict[str, torch.Tensor]:
-        """The columns that it asks for, from samples of a dataset, as tensors of a batch."""
+    def collate(
+        self, examples: list[dict[str, Any]], processor: Any, image_seq_length: int
+    ) -> dict[str, torch.Tensor]:
+        """The columns that it asks for, from samples of a dataset with so many tokens an image, as tensors of a batch."""
         return {}
 
 
@@ -278,12 +281,15 @@ class TokenLabels(VisualWords):
         labels = inputs.at_image_tokens(inputs.batch["image_labels"].flatten(), positions)  # [K]
         return HeadRows(inputs.model.lm_head.weight, inputs.hidden_before(positions), labels)
 
-    def collate(self, examples: list[dict[str, Any]], processor: Any) -> dict[str, torch.Tensor]:
-        num_tokens = processor.image_seq_length
+    def collate(
+        self, examples: list[dict[str, Any]], processor: Any, image_seq_length: int
+    ) -> dict[str, torch.Tensor]:
         rows = [
-            self._read(image, example, num_tokens, processor) for example in examples for image in _labels(example)
+            self._read(image, example, image_seq_length, processor)
+            for example in examples
+            for image in _labels(example)
         ]
-        return {"image_labels": torch.tensor(rows, dtype=torch.long).reshape(-1, num_tokens)}  # [I, N]
+        return {"image_labels": torch.tensor(rows, dtype=torch.long).reshape(-1, image_seq_length)}  # [I, N]
 
     @staticmethod
     def _read(image: Sequence[int | str], example: dict[str, Any], num_tokens: int, processor: Any) -> list[int]:
@@ -447,11 +453,14 @@ class SupervisedPositions(TypedDict):
     num_columns (`int`):
         Columns that are needed: without text to learn, those up to the last image token. What stands behind it cannot
         reach what is predicted up to it.
+    num_padding (`int`, *optional*):
+        Positions of the batch that are padding, for the logs.
     """
 
     by_objective: dict[str, torch.Tensor]
     num_image_tokens: int
     num_columns: int
+    num_padding: NotRequired[int]
 
 
 def find_supervised_positions(

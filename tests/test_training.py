@@ -18,7 +18,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig
 
 from modeling_vwlmm import VWLMMForConditionalGeneration, VWLMMTrainer, VWLMMTrainingArguments
+from modeling_vwlmm.training.packing import count_tokens, pack_rows
 from modeling_vwlmm.training.sampling import estimate_lengths
+from modeling_vwlmm.training.trainer import set_trainable_parameters
 from processing_vwlmm import VWLMMProcessor
 
 
@@ -67,7 +69,7 @@ def make_trainer(model, processor, dataset, captions, tmp_path):
             "bf16": False,
             "gradient_checkpointing": False,
         }
-        args = VWLMMTrainingArguments(str(tmp_path / "run"), stage=stage, **{**defaults, **kwargs})
+        args = VWLMMTrainingArguments(**{"output_dir": str(tmp_path / "run"), "stage": stage, **defaults, **kwargs})
         if train_dataset is None:
             train_dataset = captions if stage in (1, 3) else dataset
         return VWLMMTrainer(
@@ -398,6 +400,155 @@ class TestPacking:
             ValueError, match="`packing` is set, and batches come from a DataCollatorForLanguageModeling"
         ):
             make_trainer(2, dataset.select([1, 6]).remove_columns("images"), packing=True)
+
+
+class TestPackingAcrossTheDataset:
+    LENGTHS = np.random.default_rng(0).integers(1, 100, 300)
+    SMALL_ROWS = {"packing": True, "max_length": 400, "per_device_train_batch_size": 2, "global_batch_size": 2}
+
+    @pytest.fixture
+    def many(self, dataset) -> datasets.Dataset:
+        return datasets.concatenate_datasets([dataset] * 3)
+
+    def test_every_sample_is_in_one_row_and_no_row_is_too_long(self):
+        rows = pack_rows(self.LENGTHS, 128)
+        assert sorted(index for row in rows for index in row) == list(range(300))
+        assert max(self.LENGTHS[list(row)].sum() for row in rows) <= 128
+
+    def test_best_fit(self):
+        """First fit would put the 3 beside the 6, and need a third row."""
+        lengths = [6, 5, 5, 3, 1]
+        assert sorted(sorted(lengths[i] for i in row) for row in pack_rows(lengths, 10)) == [[1, 3, 6], [5, 5]]
+        assert len(pack_rows([7, 6, 4, 3], 10)) == 2
+
+    def test_follows_from_seed_and_epoch(self):
+        rows = pack_rows(self.LENGTHS, 128, seed=1, epoch=2)
+        assert rows == pack_rows(self.LENGTHS, 128, seed=1, epoch=2)
+        for other in (pack_rows(self.LENGTHS, 128, 1, 3), pack_rows(self.LENGTHS, 128, 2, 2)):
+            assert set(map(frozenset, other)) != set(map(frozenset, rows))
+            assert len(other) == len(rows)
+
+    def test_longer_than_a_row_has_one_of_its_own(self):
+        assert sorted(pack_rows([500, 128, 1], 128)) == [(0,), (1,), (2,)]
+
+    @pytest.mark.parametrize("template", [None, "plain"])
+    @pytest.mark.parametrize("text", ["parts", "string"])
+    def test_tokens_are_counted_as_the_collator_makes_them(self, make_trainer, dataset, captions, template, text):
+        samples = dataset if template is None else captions
+        if text == "string":  # TRL puts the placeholders in front of the first question
+            samples = samples.map(
+                lambda sample: {
+                    "messages": [
+                        {"role": m["role"], "content": "".join(part["text"] or "" for part in m["content"])}
+                        for m in sample["messages"]
+                    ]
+                },
+                features=datasets.Features(
+                    {
+                        **samples.features,
+                        "messages": datasets.List(
+                            {"role": datasets.Value("string"), "content": datasets.Value("string")}
+                        ),
+                    }
+                ),
+            )
+        collator = make_trainer(2, samples, chat_template=template).data_collator
+        expected = [collator([sample])["input_ids"].shape[1] for sample in samples]
+        assert count_tokens(samples, collator).tolist() == expected
+        lengths = samples.add_column("length", list(range(len(samples))))
+        assert count_tokens(lengths, collator).tolist() == list(range(len(samples)))
+
+    def test_data_that_cannot_be_counted_is_an_error(self, make_trainer, dataset):
+        collator = make_trainer(2).data_collator
+        with pytest.raises(ValueError, match="has id, images. Give it `messages`, or a column `length`"):
+            count_tokens(dataset.remove_columns("messages"), collator)
+
+    @pytest.mark.parametrize("flattens_rows", [False, True])
+    @pytest.mark.parametrize("stage", [1, 2, 3, 4])
+    def test_rows_make_the_step_of_their_samples(self, make_trainer, vicuna, many, captions, stage, flattens_rows):
+        samples = many if stage in (2, 4) else captions
+        trainer = make_trainer(stage, samples, packing=True, max_length=400, chat_template="vicuna_v1")
+        collator = trainer.data_collator
+        collator.flattens_rows = flattens_rows
+        lengths = count_tokens(samples, collator)
+        rows = pack_rows(lengths, 400)[:3]
+        packed = collator([[samples[i] for i in row] for row in rows])
+        assert packed["input_ids"].shape[0] == (1 if flattens_rows else 3)
+        # Rows of unlike length: what fills them up must not be learned, nor seen.
+        assert len({lengths[list(row)].sum() for row in rows}) > 1
+        plain = make_trainer(stage, samples, chat_template="vicuna_v1").data_collator(
+            [samples[i] for row in rows for i in row]
+        )
+        results = []
+        for batch in (plain, packed):
+            model = VWLMMForConditionalGeneration.from_pretrained(vicuna)
+            set_trainable_parameters(model, stage)
+            batch = {name: value for name, value in batch.items() if name != "attention_mask"}
+            output = model(**batch, visual_objective=trainer.args.visual_objective, use_cache=False)
+            output.loss.backward()
+            results.append((output, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+        (one, gradients), (other, others) = results
+        assert {name: term.count for name, term in one.terms.items()} == {n: t.count for n, t in other.terms.items()}
+        assert_close(other.loss, one.loss, rtol=1e-6, atol=0)
+        for name, gradient in gradients.items():
+            assert_close(others[name], gradient, atol=1e-6, rtol=1e-4)
+
+    def test_a_step_takes_rows_and_logs_what_fills_them_up(self, make_trainer, many):
+        trainer = make_trainer(2, many, **self.SMALL_ROWS)
+        rows = pack_rows(count_tokens(many, trainer.data_collator), 400, trainer.args.seed)
+        trainer.train()
+        (entry,) = logs(trainer)
+        batch = trainer.data_collator([[many[i] for i in row] for row in rows[:2]])
+        assert batch["input_ids"].shape[0] == 2
+        assert entry["num_text_positions"] == (batch["labels"] != -100).sum()
+        alone = [trainer.data_collator([many[i]])["input_ids"].shape[1] for row in rows[:2] for i in row]
+        assert entry["padding_share"] == pytest.approx(1 - sum(alone) / batch["input_ids"].numel())
+
+    def test_all_samples_in_every_epoch(self, make_trainer, many):
+        trainer = make_trainer(2, many, **self.SMALL_ROWS, max_steps=-1, num_train_epochs=2)
+        seen = []
+        collate = trainer.data_collator.torch_call
+        trainer.data_collator.torch_call = lambda rows: (
+            seen.append([s["id"] for r in rows for s in r]) or collate(rows)
+        )
+        trainer.train()
+        epochs = len(seen) // 2
+        assert sorted(sum(seen[:epochs], [])) == sorted(sum(seen[epochs:], [])) == sorted(many["id"])
+        assert seen[:epochs] != seen[epochs:]
+
+    @pytest.mark.parametrize(
+        "options", [SMALL_ROWS, {"train_sampling_strategy": "group_by_length"}], ids=["packed", "grouped"]
+    )
+    def test_resumed_in_the_second_epoch(self, make_trainer, vicuna, many, tmp_path, options):
+        """The order of an epoch follows from its number, also where batches of it are skipped."""
+        options = {
+            "per_device_train_batch_size": 2,
+            "global_batch_size": 2,
+            "max_steps": -1,
+            "num_train_epochs": 2,
+        } | options
+        steps = make_trainer(2, many, **options).get_train_dataloader()
+        stop = len(steps) + len(steps) // 2
+        results = []
+        for resumes in (False, True):
+            folder = tmp_path / f"{resumes}"
+            kwargs = {**options, "output_dir": str(folder), "save_strategy": "steps", "save_steps": stop}
+            model = VWLMMForConditionalGeneration.from_pretrained(vicuna)
+            trainer = make_trainer(2, many, model=model, **kwargs)
+            checkpoint = str(tmp_path / "False" / f"checkpoint-{stop}") if resumes else None
+            trainer.train(resume_from_checkpoint=checkpoint)
+            assert trainer.state.global_step == 2 * len(steps) > stop
+            results.append(weights(model))
+        for name, value in results[0].items():
+            assert torch.equal(results[1][name], value), name
+
+    def test_options_that_do_not_go_together(self, make_trainer, dataset, caplog):
+        with pytest.raises(ValueError, match="`packing` puts samples of unlike length together.*Leave one"):
+            make_trainer(2, packing=True, train_sampling_strategy="group_by_length")
+        with pytest.raises(ValueError, match="`packing` fills rows of `max_length` tokens, which is None"):
+            make_trainer(2, packing=True, max_length=None)
+        make_trainer(2, dataset.to_iterable_dataset(), packing=True)
+        assert "streamed data puts the samples of a micro-batch into one row" in caplog.text
 
 
 class TestGrouping:

@@ -2,12 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches of samples, for TRL's trainer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
+from torch.nn.utils.rnn import pad_sequence
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from ..objectives_vwlmm import Objective, find_supervised_positions
@@ -25,43 +26,69 @@ class VWLMMDataCollator(DataCollatorForVisionLanguageModeling):
     It adds what `objectives` read of a sample, and `supervised_positions`, as `forward` takes them: found here, on the
     host, they do not make it wait for the device.
 
-    With `packing`, the samples of a batch stand behind each other in one row without padding: `[1, L]`, and
-    `position_ids` that start again with every sample, by which attention keeps them apart.
+    With `packing`, samples stand behind each other without padding, and `position_ids` that start again with every
+    sample keep them apart in attention. A batch is one row, `[1, L]`, of its samples; or, of rows that are lists of
+    samples, as many rows, `[B, L]`, padded to the longest. Where `flattens_rows` is set, these become one row, too: so
+    FlashAttention wants them, which never makes a mask of `L * L`.
     """
 
     packing: bool = False
+    flattens_rows: bool = False
     objectives: Mapping[str, Objective] = field(default_factory=dict)
+    image_seq_length: int | None = None
 
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+    def torch_call(self, examples: list[dict[str, Any]] | list[list[dict[str, Any]]]) -> dict[str, Any]:
         """See `DataCollatorMixin.torch_call`."""
+        rows = examples if isinstance(examples[0], list) else [examples]
+        samples = [sample for row in rows for sample in row]
         try:
-            batch = self._collate(examples)
+            batch = self._collate(samples)
         except SAMPLE_ERRORS:
-            for example in examples:
+            for sample in samples:
                 try:
-                    self._collate([example])
+                    self._collate([sample])
                 except SAMPLE_ERRORS as error:
-                    raise ValueError(f"Sample {example.get('id')!r}: {error}") from error
+                    raise ValueError(f"Sample {sample.get('id')!r}: {error}") from error
             raise
         image_token_id = self.processor.image_token_id
         batch["labels"][batch["input_ids"] == image_token_id] = -100
+        num_tokens = int(batch["attention_mask"].sum())
         if self.packing:
-            batch = pack(batch)
+            batch = pack(batch, [len(samples)] if self.flattens_rows else [len(row) for row in rows])
         batch["supervised_positions"] = find_supervised_positions(self.objectives, batch, image_token_id)
+        batch["supervised_positions"]["num_padding"] = batch["input_ids"].numel() - num_tokens
         return batch
 
     def _collate(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = super().torch_call(examples)
         for objective in self.objectives.values():
-            batch |= objective.collate(examples, self.processor)
+            batch |= objective.collate(examples, self.processor, self.image_seq_length)
         return batch
 
 
-def pack(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Puts the rows of a padded batch, `[B, L]`, into one without padding, `[1, L']`; images keep their order."""
-    is_token = batch.pop("attention_mask").bool()  # [B, L]
-    position_ids = is_token.cumsum(dim=1) - 1  # [B, L]
+def pack(batch: dict[str, torch.Tensor], row_sizes: Sequence[int] | None = None) -> dict[str, torch.Tensor]:
+    """
+    Puts the samples of a padded batch behind each other. Images keep their order.
+
+    Args:
+        batch (`dict[str, torch.Tensor]`): A sample in each row, `[S, L]`.
+        row_sizes (`Sequence[int]`, *optional*): How many samples go into each row. By default one row takes all.
+
+    Returns:
+        The batch with `input_ids`, `labels` and `position_ids`, `[rows, L']`, and without `attention_mask`. What fills a
+        row up to the longest has position 0, like the beginning of a sample, so that attention keeps it apart.
+    """
+    is_token = batch.pop("attention_mask").bool()  # [S, L]
+    position_ids = is_token.cumsum(dim=1) - 1  # [S, L]
     # Nothing stands before the first token of a sample, so nothing can predict it.
     batch["labels"][position_ids == 0] = -100
-    packed = {name: batch[name][is_token][None] for name in ("input_ids", "labels")}  # [1, L']
-    return {**batch, **packed, "position_ids": position_ids[is_token][None]}
+    row_sizes = [len(is_token)] if row_sizes is None else row_sizes
+    packed = {}
+    for name, rows, filling in (
+        ("input_ids", batch["input_ids"], 0),
+        ("labels", batch["labels"], -100),
+        ("position_ids", position_ids, 0),
+    ):
+        parts = zip(rows.split(row_sizes), is_token.split(row_sizes), strict=True)
+        packed[name] = pad_sequence([part[is_part] for part, is_part in parts], True, filling)  # [rows, L']
+    return {**batch, **packed}

@@ -29,10 +29,10 @@ class PositionMeans:
             for key, value in {"loss": term.total.detach(), "positions": term.count, **term.metrics}.items():
                 self._sums[name, key].append(value)
 
-    def add_padding(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
-        """Adds a batch, `[B, L]` each, to the share of positions that are padding."""
-        self._sums["", "positions"].append(input_ids.numel())
-        self._sums["", "padding_share"].append(0 if attention_mask is None else (attention_mask == 0).sum())
+    def add_padding(self, num_positions: int, num_padding: int | torch.Tensor) -> None:
+        """Adds the positions of a batch to the share of all that are padding."""
+        self._sums["", "positions"].append(num_positions)
+        self._sums["", "padding_share"].append(num_padding)
 
     def pop(self) -> dict[str, float]:
         """The means of all processes, which call this together, under their names in the logs. Begins anew."""

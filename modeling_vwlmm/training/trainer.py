@@ -14,8 +14,15 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from huggingface_hub import ModelCard
 from torch import nn
-from torch.utils.data import Sampler
-from transformers import PreTrainedModel, ProcessorMixin
+from torch.utils.data import DataLoader, Sampler
+from transformers import (
+    PreTrainedModel,
+    ProcessorMixin,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
@@ -30,6 +37,7 @@ from .collating import VWLMMDataCollator
 from .lockstep import encode_no_images
 from .means import PositionMeans
 from .model_card import TAGS, is_hub_id, make_model_card, read_training_procedure
+from .packing import PackedDataset, PackingSampler, count_tokens
 from .sampling import ModalityLengthGroupedSampler, estimate_lengths
 from .stages import METHODS, STAGES
 from .training_modules import attach_training_modules, load_training_modules, save_training_modules
@@ -150,7 +158,11 @@ class VWLMMTrainer(SFTTrainer):
         # A collator of the user's own, even one derived from TRL's, stays.
         if type(self.data_collator) is DataCollatorForVisionLanguageModeling:
             self.data_collator = VWLMMDataCollator(
-                **vars(self.data_collator), packing=packing, objectives=self._objectives
+                **vars(self.data_collator),
+                packing=packing,
+                flattens_rows=self._config.text_config._attn_implementation.startswith("flash_attention"),
+                objectives=self._objectives,
+                image_seq_length=self._config.image_seq_length,
             )
             if args.chat_template is not None:
                 is_jinja = "{" in args.chat_template
@@ -162,6 +174,8 @@ class VWLMMTrainer(SFTTrainer):
                 f"`packing` is set, and batches come from a {type(self.data_collator).__name__}, which does not pack. It "
                 "needs a dataset with an `images` column and no `data_collator` of your own; else leave it out."
             )
+        if packing and isinstance(train_dataset, IterableDataset):
+            logger.warning("`packing` of streamed data puts the samples of a micro-batch into one row, and no others.")
         self._means = {mode: PositionMeans(self._weights) for mode in ("train", "eval")}
 
     def _runs_tower_without_images(self) -> bool:
@@ -215,17 +229,50 @@ class VWLMMTrainer(SFTTrainer):
             self._config.trained_stages = [*self._config.trained_stages, self.args.stage]
         return super().train(*args, **kwargs)
 
+    def get_train_dataloader(self) -> DataLoader:
+        """See `Trainer.get_train_dataloader`. With `packing` its batches are rows of samples."""
+        samples = self.train_dataset
+        if self.args.packing and isinstance(samples, Dataset):
+            self.train_dataset = self._pack(samples)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = samples
+
+    def _pack(self, dataset: Dataset) -> PackedDataset:
+        with self.args.main_process_first():
+            lengths = count_tokens(
+                dataset, self.data_collator, self.args.length_column_name, self.args.dataset_num_proc
+            )
+        sampler = PackingSampler(lengths, self.args.max_length, self._get_data_seed())
+        logger.info(
+            f"Packed {len(lengths)} samples into {len(sampler)} rows of {self.args.max_length} tokens, "
+            f"{len(lengths) / max(len(sampler), 1):.1f} in each. Batch sizes count rows."
+        )
+        return PackedDataset(dataset, sampler)
+
+    def _get_data_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         # Private: Transformers has no public way to bring a sampler.
         dataset = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(dataset, PackedDataset):
+            return self._follow_epochs(dataset.sampler)
         groups = self.args.train_sampling_strategy == "group_by_length"
         if not groups or not isinstance(dataset, Dataset) or "images" not in dataset.column_names:
             return super()._get_train_sampler(train_dataset)
         lengths, has_images = estimate_lengths(dataset, self._config.image_seq_length)
         if self.args.length_column_name in dataset.column_names:
             lengths = dataset[self.args.length_column_name][:]  # a list: a column would be read sample by sample
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return ModalityLengthGroupedSampler(self.args.global_batch_size, lengths, has_images, seed)
+        return self._follow_epochs(
+            ModalityLengthGroupedSampler(self.args.global_batch_size, lengths, has_images, self._get_data_seed())
+        )
+
+    def _follow_epochs(self, sampler: Sampler) -> Sampler:
+        self.remove_callback(SamplerEpoch)  # of an earlier data loader
+        self.add_callback(SamplerEpoch(sampler))
+        return sampler
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         # Private: no public hook sees the weights that sharded training puts together.
@@ -272,7 +319,7 @@ class VWLMMTrainer(SFTTrainer):
     ) -> torch.Tensor | tuple[torch.Tensor, VWLMMCausalLMOutputWithPast]:
         """See `Trainer.compute_loss`. In training `num_items_in_batch` are the counts of `get_batch_samples`."""
         means = self._means["train" if self.model.training else "eval"]
-        means.add_padding(inputs["input_ids"], inputs.get("attention_mask"))
+        means.add_padding(inputs["input_ids"].numel(), count_padding(inputs))
         if isinstance(self.data_collator, VWLMMDataCollator):
             # It pads on the right, which no position before sees. Without a mask attention is cheaper, and the host
             # need not look into it.
@@ -342,6 +389,24 @@ class VWLMMTrainer(SFTTrainer):
         ).save(file)
 
 
+class SamplerEpoch(TrainerCallback):
+    """Tells a sampler the epoch: Transformers and Accelerate do not where a resumed run skips batches."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """See `TrainerCallback.on_epoch_begin`."""
+        self.sampler.set_epoch(int(state.epoch or 0))
+
+
+def count_padding(batch: dict[str, Any]) -> int | torch.Tensor:
+    """Positions of a batch that are padding, without a read of the device."""
+    if "num_padding" in batch.get("supervised_positions", {}):
+        return batch["supervised_positions"]["num_padding"]
+    return (batch["attention_mask"] == 0).sum() if "attention_mask" in batch else 0
+
+
 def all_datasets(datasets: Any) -> list[Dataset | IterableDataset]:
     """The datasets of what a trainer takes as one, none, or several by name."""
     return [] if datasets is None else list(datasets.values()) if isinstance(datasets, dict) else [datasets]
@@ -358,6 +423,13 @@ def check_options(args: VWLMMTrainingArguments, kwargs: dict, uses_peft: bool) -
     for name, is_set in ignored.items():
         if is_set:
             raise ValueError(f"`{name}` is set, and the losses of VW-LMM's stages have no place for it. Leave it out.")
+    if args.packing and args.train_sampling_strategy == "group_by_length":
+        raise ValueError(
+            "`packing` puts samples of unlike length together, `train_sampling_strategy='group_by_length'` those of like "
+            "length. Leave one of them out."
+        )
+    if args.packing and args.max_length is None:
+        raise ValueError("`packing` fills rows of `max_length` tokens, which is None. Set it.")
     if args.stage == 3 and kwargs.get("compute_metrics") is not None:
         raise ValueError("`compute_metrics` is set, and stage 3 computes no logits of text. Leave it out.")
     if uses_peft and args.stage in (1, 3):
