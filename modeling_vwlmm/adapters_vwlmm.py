@@ -3,11 +3,12 @@
 """
 Adapters: how patch features become what the decoder reads.
 
-An adapter is a module made from a [`VWLMMConfig`] and called once for all images of a batch, with the patch features of the
-vision tower. What it needs beside them is in `config.adapter_config`. It returns image features, as `[I, N, D]` where all
-images have equally many, else as [`AdapterOutput`].
+An adapter is a module made from a [`VWLMMConfig`] and called once for all images of a batch, with the patch features
+of the vision tower. What it needs beside them is in `config.adapter_config`. It returns image features, as `[I, N, D]`
+where all images have equally many, else as [`AdapterOutput`].
 
-Shapes: `I` images, `N` image tokens of one image, `W` width of the tower's patch features, `D` hidden size of the decoder.
+Shapes: `I` images, `N` image tokens of one image, `W` width of the tower's patch features, `D` hidden size of the
+decoder.
 """
 
 from dataclasses import dataclass
@@ -50,8 +51,8 @@ def make_adapter(config: VWLMMConfig) -> nn.Module:
     """
     if config.adapter not in ADAPTERS:
         raise ValueError(
-            f"`adapter` is {config.adapter!r}; expected one of {sorted(ADAPTERS)}. Add a class of your own to `ADAPTERS` "
-            "before the model is made."
+            f"`adapter` is {config.adapter!r}; expected one of {sorted(ADAPTERS)}. Add a class of your own to "
+            "`ADAPTERS` before the model is made."
         )
     return ADAPTERS[config.adapter](config)
 

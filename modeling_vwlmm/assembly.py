@@ -22,8 +22,10 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from .adapters_vwlmm import make_adapter
 from .configuration_vwlmm import VWLMMConfig
 from .modeling_vwlmm import VWLMMForConditionalGeneration
+from .visual_words_vwlmm import VMHead
 
 
 # Fields of LLaVA's config.json that say what a checkpoint is, and are not passed on to another architecture.
@@ -137,17 +139,14 @@ def _assemble(
     # Only what is new is made: everything else is built on no device, then put in place.
     with torch.device("meta"):
         model = cls(config)
+    with lm_head.weight.device:
+        vm_head = VMHead(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        adapter = make_adapter(config) if adapter is None else adapter
     model.model.vision_tower = vision_tower.requires_grad_(False)
     model.model.language_model = language_model
+    model.model.vm_head = vm_head.to(lm_head.weight.dtype)
+    model.model.multi_modal_projector = adapter.to(lm_head.weight.dtype)
     model.lm_head = lm_head
-    new_modules = [model.model.vm_head]
-    if adapter is None:
-        new_modules += model.model.multi_modal_projector.modules()
-    else:
-        model.model.multi_modal_projector = adapter
-    for module in new_modules:
-        if isinstance(module, nn.Linear):
-            module.to_empty(device=lm_head.weight.device).to(lm_head.weight.dtype).reset_parameters()
     model.tie_weights()
     model.generation_config = generation_config
     return model.eval()
@@ -216,8 +215,9 @@ def _check_tensors(name_or_path: str, loading: dict, **where) -> None:
             name_or_path,
         )
         raise ValueError(
-            f"{file} has tensors that its config.json does not announce, {len(unexpected)} in all, {unexpected[0]} among "
-            "them. Expected a layout that Transformers' LLaVA has been published in, and a config.json of these weights."
+            f"{file} has tensors that its config.json does not announce, {len(unexpected)} in all, {unexpected[0]} "
+            "among them. Expected a layout that Transformers' LLaVA has been published in, and a config.json of these "
+            "weights."
         )
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(

@@ -21,7 +21,7 @@ AUTO_MAP = {
 
 @strict
 class VWLMMConfig(LlavaConfig):
-    r"""
+    """
     Configuration of [`VWLMMForConditionalGeneration`]: LLaVA's, and what visual words add to it.
 
     Args:
@@ -64,7 +64,7 @@ class VWLMMConfig(LlavaConfig):
     use_pseudo_image_features: bool = False
     trained_stages: list[int] | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs) -> None:
         super().__post_init__(**kwargs)
         if self.image_token_index is None:
             self.image_token_index = self.text_config.vocab_size

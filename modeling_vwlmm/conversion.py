@@ -62,8 +62,8 @@ def convert_official_checkpoint(source: str | Path, output: str | Path, vision_t
     Raises:
         FileExistsError: If `output` exists.
         FileNotFoundError: If `source` lacks `config.json` or a file of weights.
-        ValueError: If the checkpoint is not of this format, if its tensors are not those that its config announces, if a
-            file is damaged, or if a `.bin` file holds anything but tensors.
+        ValueError: If the checkpoint is not of this format, if its tensors are not those that its config announces, if
+            a file is damaged, or if a `.bin` file holds anything but tensors.
     """
     source, output = Path(source), Path(output)
     if output.exists():
@@ -148,7 +148,7 @@ def _convert_config(official: dict, vision_tower: str) -> VWLMMConfig:
 class _Weights:
     """The tensors of a checkpoint under our names, of which no more than one file is read at a time."""
 
-    def __init__(self, source: Path):
+    def __init__(self, source: Path) -> None:
         self.source = source
         for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
             single, index = source / f"{stem}{suffix}", source / f"{stem}{suffix}.index.json"
@@ -203,7 +203,7 @@ def _read_bin(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _check_weights(weights: _Weights, model: VWLMMForConditionalGeneration) -> bool:
-    """Raises unless the tensors are those that the config announces. Returns whether the vision tower's are left out."""
+    """Raises unless the tensors are those that the config announces. Returns whether the tower's are left out."""
     found, expected = weights.shapes(), model.state_dict()
     tower = {name for name in expected if name.startswith("model.vision_tower.")}
     lacks_vision_tower = tower.isdisjoint(found)

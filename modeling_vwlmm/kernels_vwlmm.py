@@ -1,11 +1,12 @@
 # Copyright 2026 The VW-LMM authors.
 # SPDX-License-Identifier: Apache-2.0
+
 """
 The two steps of the fused loss between its matrix products, as Triton kernels.
 
-Each does to one chunk of logits what its counterpart in `loss_vwlmm.py` does, reading every logit twice and writing every
-gradient once: one pass finds the log-normaliser with an online softmax over tiles of the vocabulary, a second one makes
-losses and gradients. Logits stay in the precision of the matrix product, arithmetic is fp32.
+Each does to one chunk of logits what its counterpart in `loss_vwlmm.py` does, reading every logit twice and writing
+every gradient once: one pass finds the log-normaliser with an online softmax over tiles of the vocabulary, a second
+one makes losses and gradients. Logits stay in the precision of the matrix product, arithmetic is fp32.
 
 Shapes: `R` positions of a chunk, `C` vocabulary size.
 """

@@ -3,16 +3,17 @@
 """
 One loss for text and visual words that never holds the logits of all positions.
 
-Text and image positions meet the same head. A text position has a one-hot target; an image position has the distribution
-of a second, linear teacher. Positions pass in chunks. The logits of a chunk become its loss and, in place, the gradient
-of these logits, and that becomes the gradients of hidden states and head, so that each chunk's logits are computed once
-and nothing of size `[positions, C]` outlives its chunk. What autograd keeps are the finished gradients.
+Text and image positions meet the same head. A text position has a one-hot target; an image position has the
+distribution of a second, linear teacher. Positions pass in chunks. The logits of a chunk become its loss and, in
+place, the gradient of these logits, and that becomes the gradients of hidden states and head, so that each chunk's
+logits are computed once and nothing of size `[positions, C]` outlives its chunk. What autograd keeps are the finished
+gradients.
 
 Shapes: `T` text positions, `V` image positions, `D` hidden size, `C` vocabulary size.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,13 +23,13 @@ from .kernels_vwlmm import triton
 
 
 # What the logits of one chunk may take, the teacher's beside the student's. Much smaller chunks make slow matrix
-# products, and the head's gradient passes through memory once a chunk; larger ones gain nothing. At C = 32000 this is 384
-# image positions a chunk in fp32 on a CPU, and 2096 in bf16 on a GPU.
+# products, and the head's gradient passes through memory once a chunk; larger ones gain nothing. At C = 32000 this is
+# 384 image positions a chunk in fp32 on a CPU, and 2096 in bf16 on a GPU.
 CHUNK_BYTES = {"cpu": 96 * 2**20, "cuda": 256 * 2**20}
 # Softmax and divergence of a chunk run block by block on a CPU, so that their temporaries stay in its cache.
 CPU_BLOCK_BYTES = 2**20
-# The head's gradient in 16 bits is summed in fp32: by the matrix product itself where it can (CUDA, torch 2.8), else over
-# tiles of so many tokens.
+# The head's gradient in 16 bits is summed in fp32: by the matrix product itself where it can (CUDA, torch 2.8), else
+# over tiles of so many tokens.
 HAS_OUT_DTYPE = hasattr(torch.ops.aten.addmm, "dtype_out")
 TILE_ROWS = 4096
 
@@ -116,16 +117,17 @@ def linear_row_losses(
     image_scale: float | torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    [`linear_loss`] with the cross-entropies of the text positions one by one, `[T]`, and a factor for each of them where
-    `text_scale` is `[T]`. So several objectives with one-hot targets share a pass, and each can be told from the others.
+    [`linear_loss`] with the cross-entropies of the text positions one by one, `[T]`, and a factor for each of them
+    where `text_scale` is `[T]`. So several objectives with one-hot targets share a pass, and each can be told from the
+    others.
     """
     num_positions = labels.shape[0] + teacher_hidden.shape[0]
     if student_hidden.shape[0] != num_positions or student_weight.shape[0] != teacher_weight.shape[0]:
         raise ValueError(
             f"Found {student_hidden.shape[0]} student positions for {labels.shape[0]} labels and "
             f"{teacher_hidden.shape[0]} teacher positions, and heads of {student_weight.shape[0]} and "
-            f"{teacher_weight.shape[0]} tokens; expected one student position for each label and teacher position, and "
-            "heads over one vocabulary."
+            f"{teacher_weight.shape[0]} tokens; expected one student position for each label and teacher position, "
+            "and heads over one vocabulary."
         )
     return _LinearLoss.apply(
         student_hidden,
@@ -141,7 +143,17 @@ def linear_row_losses(
 
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, teacher_hidden, teacher_weight, text_scale, image_scale, needs_grad):
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        teacher_hidden: torch.Tensor,
+        teacher_weight: torch.Tensor,
+        text_scale: float | torch.Tensor,
+        image_scale: float | torch.Tensor,
+        needs_grad: bool,
+    ) -> tuple[torch.Tensor, ...]:
         # Inside `forward` gradients are always off: whether anyone wants them is only known outside.
         needs_hidden, needs_weight = (needs_grad and needed for needed in ctx.needs_input_grad[:2])
         hidden_dtype, weight_dtype, device = hidden.dtype, weight.dtype, hidden.device
@@ -169,7 +181,7 @@ class _LinearLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None  # [T + V, D]
         grad_weight = None  # [C, D]
 
-        def add_gradients(rows, grad_logits):
+        def add_gradients(rows: slice, grad_logits: torch.Tensor) -> None:
             nonlocal grad_weight
             grad_logits = grad_logits.to(hidden.dtype)  # [R, C]
             if needs_hidden:
@@ -222,10 +234,11 @@ class _LinearLoss(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss, *_):
+    def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
         factor = grad_loss if ctx.deferred_scale is None else ctx.deferred_scale * grad_loss
-        # In place unless another backward pass follows: a copy of the head's gradient is worth avoiding, and the factor
-        # is 1 most often, but reading it would make the host wait. There is no public way to ask for `retain_graph`.
+        # In place unless another backward pass follows: a copy of the head's gradient is worth avoiding, and the
+        # factor is 1 most often, but reading it would make the host wait. There is no public way to ask for
+        # `retain_graph`.
         in_place = not torch._C._autograd._get_current_graph_task_keep_graph()
         gradients = [
             grad

@@ -32,13 +32,11 @@ from .objectives_vwlmm import (
     SupervisedPositions,
     Weight,
     compute_loss,
-    cut_columns,
-    find_supervised_positions,
     get_supervised_image_positions,
     name_counts,
     parse_objectives,
+    prepare_batch,
     reads_layers,
-    take_columns,
     teaches_decoder,
 )
 from .outputs_vwlmm import VWLMMCausalLMOutputWithPast, VWLMMImageFeaturesOutput, summarise
@@ -62,7 +60,7 @@ class VWLMMModel(FrozenVisionTower, WithVisualWords, LlavaModel):
 
     config: VWLMMConfig
 
-    def __init__(self, config: VWLMMConfig):
+    def __init__(self, config: VWLMMConfig) -> None:
         # Not LLaVA's own __init__, which knows one adapter alone.
         PreTrainedModel.__init__(self, config)
         self.vision_tower = AutoModel.from_config(config.vision_config).requires_grad_(False)
@@ -232,7 +230,7 @@ class VWLMMForConditionalGeneration(FrozenVisionTower, WithVisualWords, LlavaFor
     # Makes what stands for the images of a batch that has none, for training in lockstep.
     encode_no_images: Callable[[VWLMMModel], VWLMMImageFeaturesOutput] | None = None
 
-    def __init__(self, config: VWLMMConfig):
+    def __init__(self, config: VWLMMConfig) -> None:
         PreTrainedModel.__init__(self, config)
         # Not LLaVA's own __init__: it would build a LlavaModel, without a VM head and saved under legacy names.
         self.model = VWLMMModel(config)
@@ -249,7 +247,7 @@ class VWLMMForConditionalGeneration(FrozenVisionTower, WithVisualWords, LlavaFor
 
     @classmethod
     def from_llava(cls, name_or_path: str, **kwargs) -> "VWLMMForConditionalGeneration":
-        """The model that stage III starts from where a LLaVA is at hand. See [`modeling_vwlmm.assembly.from_llava`]."""
+        """The model that stage III starts from, where a LLaVA is at hand. See [`assembly.from_llava`]."""
         return import_module("modeling_vwlmm.assembly").from_llava(cls, name_or_path, **kwargs)
 
     def save_pretrained(self, *args, **kwargs) -> None:
@@ -271,8 +269,8 @@ class VWLMMForConditionalGeneration(FrozenVisionTower, WithVisualWords, LlavaFor
         """
         if name not in getattr(self, "training_modules", {}):
             raise ValueError(
-                f"`{name}` trains a module that the model does not have. `VWLMMTrainer` attaches it; in a training loop "
-                "of your own, call `modeling_vwlmm.training.attach_training_modules` before the optimizer is made."
+                f"`{name}` trains a module that the model does not have. `VWLMMTrainer` attaches it; a training loop "
+                "of your own calls `modeling_vwlmm.training.attach_training_modules` before it makes the optimizer."
             )
         return self.training_modules[name]
 
@@ -309,20 +307,19 @@ class VWLMMForConditionalGeneration(FrozenVisionTower, WithVisualWords, LlavaFor
             labels (`torch.LongTensor` of shape `[B, L]`, *optional*):
                 Text to predict, -100 where nothing is supervised. Alone it gives LLaVA's loss and logits.
             visual_objective (`str` or mapping, *optional*):
-                What image positions learn beside the text: the name of an objective, such as `"visual_words"` (stage IV) or
-                `"vm_head"` (stage III, which learns no text), or names with their weights, or with mappings of `weight` and
-                options. See [`parse_objectives`].
+                What image positions learn beside the text: the name of an objective, such as `"visual_words"` (stage
+                IV) or `"vm_head"` (stage III, which learns no text), or names with their weights, or with mappings of
+                `weight` and options. See [`parse_objectives`].
             visual_loss_weight (`float`, *optional*, defaults to 1.0):
                 Weight of the objective that is given by name alone.
             logits_to_keep (`int` or `torch.Tensor`, *optional*):
-                Positions to compute logits for: the last so many (0 for all), or their indices, `[kept]`. By default all
-                of them, and none where a `visual_objective` is given. Losses need no logits.
+                Positions to compute logits for: the last so many (0 for all), or their indices, `[kept]`. By default
+                all of them, and none where a `visual_objective` is given. Losses need no logits.
             supervised_positions ([`SupervisedPositions`], *optional*):
-                What [`find_supervised_positions`] finds, if it ran before, on the host; else it runs here.
+                From [`find_supervised_positions`], if it ran before, on the host; else it runs here.
             num_items_in_batch, num_image_items_in_batch (`int`, `torch.Tensor` or mapping, *optional*):
-                Supervised text and image positions of the whole optimiser step, over all micro-batches and processes; or, as
-                a mapping, those of each objective. Where given, losses are sums over this batch divided by these numbers;
-                where not, means over the positions of this batch.
+                Supervised text and image positions, or as a mapping those of each objective, of the whole optimiser
+                step. Losses are sums over this batch divided by them; without them, means over this batch.
             kwargs:
                 What objectives ask for beside these, such as `image_labels`, and what the decoder takes.
 
@@ -330,25 +327,15 @@ class VWLMMForConditionalGeneration(FrozenVisionTower, WithVisualWords, LlavaFor
             [`VWLMMCausalLMOutputWithPast`], or a tuple with `return_dict=False`.
 
         Raises:
-            ValueError: If an objective or weight is unknown, if a `visual_objective` comes without `input_ids` or without
-                what it asks for, or for the reasons of [`VWLMMModel.forward`].
+            ValueError: If an objective or weight is unknown, if a `visual_objective` comes without `input_ids` or
+                without what it asks for, or for the reasons of [`VWLMMModel.forward`].
         """
         objectives, weights = parse_objectives(visual_objective, visual_loss_weight, labels is not None)
         labels = None if labels is None else replace_placeholders(labels, self.config, token_id=-100)
-        batch = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "labels": labels,
-        }
-        batch |= take_columns(objectives, input_ids, kwargs)
-        if supervised_positions is not None and supervised_positions["by_objective"].keys() != objectives.keys():
-            supervised_positions = None  # found for other objectives
-        if supervised_positions is None and visual_objective is not None:
-            supervised_positions = find_supervised_positions(objectives, batch, self.config.image_token_id)
-        if supervised_positions is not None:
-            batch = cut_columns(batch, supervised_positions["num_columns"])
-
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        batch, supervised_positions = prepare_batch(
+            objectives, {**batch, "labels": labels}, kwargs, supervised_positions, self.config.image_token_id
+        )
         # Not in the decoder's call: what makes image features may learn where the decoder does not.
         images = self.model.encode_images(
             pixel_values, mm_encoder_outputs, vision_feature_layer, vision_feature_select_strategy, image_sizes
@@ -385,8 +372,7 @@ class VWLMMForConditionalGeneration(FrozenVisionTower, WithVisualWords, LlavaFor
                 self, batch, hidden_states, outputs.hidden_states, images, all_logits, supervised_positions, kwargs
             )
             counts = name_counts(objectives, num_items_in_batch, num_image_items_in_batch)
-            loss, terms = compute_loss(objectives, weights, inputs, counts)
-            losses = {"loss": loss, **summarise(terms, weights, counts)}
+            losses = summarise(*compute_loss(objectives, weights, inputs, counts), weights, counts)
         return VWLMMCausalLMOutputWithPast(
             **losses,
             logits=logits,

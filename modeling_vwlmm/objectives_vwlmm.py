@@ -3,13 +3,14 @@
 """
 Objectives: what text and image positions learn.
 
-An objective names the positions of a batch that it supervises, before the forward and from token ids and labels alone. After
-the decoder has run it makes a [`Term`], the sum of its loss over them. Means, weights, accumulation and processes are applied
-to all objectives alike, in [`compute_loss`]: `loss = Σ_k weight_k · total_k / count_k`, where `count_k` counts over the whole
-optimiser step. The targets of an objective are detached; what else learns from it is the business of `requires_grad`.
+An objective names the positions of a batch that it supervises, before the forward and from token ids and labels alone.
+After the decoder has run it makes a [`Term`], the sum of its loss over them. Means, weights, accumulation and
+processes are applied to all objectives alike, in [`compute_loss`]: `loss = Σ_k weight_k · total_k / count_k`, where
+`count_k` counts over the whole optimiser step. The targets of an objective are detached; what else learns from it is
+the business of `requires_grad`.
 
-Shapes: `B` batch, `L` sequence length, `I` images, `N` image tokens of one image, `K` positions that an objective supervises,
-`D` hidden size of the decoder, `W` width of the tower's patch features, `C` vocabulary size.
+Shapes: `B` batch, `L` sequence length, `I` images, `N` image tokens of one image, `K` positions that an objective
+supervises, `D` hidden size of the decoder, `W` width of the tower's patch features, `C` vocabulary size.
 """
 
 import math
@@ -28,8 +29,8 @@ from .loss_vwlmm import linear_row_losses
 class Term(NamedTuple):
     """
     total (`torch.Tensor` of shape `()`):
-        Sum of the loss over the supervised positions of this batch. Those that share a head's pass have their gradient in
-        the pass, and none here.
+        Sum of the loss over the supervised positions of this batch. Those that share a head's pass have their gradient
+        in the pass, and none here.
     count (`int`):
         Number of these positions.
     metrics (`dict[str, torch.Tensor]`):
@@ -43,8 +44,8 @@ class Term(NamedTuple):
 
 class HeadRows(NamedTuple):
     """
-    What one head over the vocabulary has to predict: tokens, or the distribution that a second head makes. Objectives that
-    read the same head share its pass, in which nothing of size `[positions, C]` is ever held.
+    What one head over the vocabulary has to predict: tokens, or the distribution that a second head makes. Objectives
+    that read the same head share its pass, in which nothing of size `[positions, C]` is ever held.
 
     head (`torch.Tensor` of shape `[C, D]`):
         Weight of the head that learns.
@@ -77,8 +78,8 @@ class ObjectiveInputs:
     model (`VWLMMForConditionalGeneration`):
         The model, with its heads and, from `get_training_module`, what objectives have added.
     batch (`dict[str, torch.Tensor]`):
-        `input_ids`, `[B, L]`, and where there are some `labels`, `attention_mask`, `position_ids`, and the columns that
-        objectives ask for.
+        `input_ids`, `[B, L]`, and where there are some `labels`, `attention_mask`, `position_ids`, and the columns
+        that objectives ask for.
     hidden_states (`torch.Tensor` of shape `[B, L, D]`):
         Output `h` of the decoder.
     layers (`Sequence[torch.Tensor]`, *optional*):
@@ -145,8 +146,8 @@ class Objective:
         The positions that it supervises.
 
         Args:
-            batch (`Mapping`): `input_ids` `[B, L]`, and where there are some `labels`, `attention_mask`, `position_ids`
-                (0 where one of several samples in a row begins) and the columns that it asks for.
+            batch (`Mapping`): `input_ids` `[B, L]`, and where there are some `labels`, `attention_mask`,
+                `position_ids` (0 where one of several samples in a row begins) and the columns that it asks for.
             image_token_id (`int`): Id of the image placeholder.
 
         Returns:
@@ -159,13 +160,13 @@ class Objective:
         raise NotImplementedError
 
     def make_modules(self, model: nn.Module) -> nn.Module | None:
-        """The module that it trains beside the model's own, if it needs one: in training alone, never in a checkpoint."""
+        """The module that it trains beside the model's own, if it needs one: for training alone, in no checkpoint."""
         return None
 
     def collate(
         self, examples: list[dict[str, Any]], processor: Any, image_seq_length: int
     ) -> dict[str, torch.Tensor]:
-        """The columns that it asks for, from samples of a dataset with so many tokens an image, as tensors of a batch."""
+        """The columns that it asks for, from samples whose images have so many tokens, as tensors of a batch."""
         return {}
 
 
@@ -296,8 +297,8 @@ class TokenLabels(VisualWords):
         name = f"Sample {example.get('id')!r}"
         if len(image) != num_tokens:
             raise ValueError(
-                f"{name}: an image has {len(image)} `image_labels`; expected {num_tokens}, one for each of its tokens, and "
-                "-100 where none is given."
+                f"{name}: an image has {len(image)} `image_labels`; expected {num_tokens}, one for each of its "
+                "tokens, and -100 where none is given."
             )
         vocabulary, ids = processor.tokenizer.get_vocab(), []
         for label in image:
@@ -306,8 +307,8 @@ class TokenLabels(VisualWords):
                 known = [form for form in (label, f"▁{label}", f"Ġ{label}") if form in vocabulary]
                 if not known:
                     raise ValueError(
-                        f"{name}: the image label {label!r} is no token of the tokenizer. Give the id of a token, or a word "
-                        "that is one."
+                        f"{name}: the image label {label!r} is no token of the tokenizer. Give the id of a token, or "
+                        "a word that is one."
                     )
                 label = vocabulary[known[-1]]
             if label != -100 and not 0 <= label < processor.image_token_id:
@@ -320,24 +321,24 @@ def _labels(example: dict[str, Any]) -> list[Sequence[int | str]]:
     labels, num_images = example.get("image_labels") or [], len(example.get("images") or [])
     if len(labels) != num_images:
         raise ValueError(
-            f"Sample {example.get('id')!r} has `image_labels` for {len(labels)} images, and {num_images} images; expected one "
-            "list for each image."
+            f"Sample {example.get('id')!r} has `image_labels` for {len(labels)} images, and {num_images} images; "
+            "expected one list for each image."
         )
     return labels
 
 
 class Features(VisualWords):
     """
-    The next image feature by regression through a linear head: `x_n` from `h_{n-1}` (figure 2b of the paper; Emu). With
-    `shift=False` and a `layer`, the aligned variant (VIRAL): the tower's patch feature of position `n` from the output of
-    that layer at `n` itself.
+    The next image feature by regression through a linear head: `x_n` from `h_{n-1}` (figure 2b of the paper; Emu).
+    With `shift=False` and a `layer`, the aligned variant (VIRAL): the tower's patch feature of position `n` from the
+    output of that layer at `n` itself.
 
     Args:
-        loss (`str`, *optional*, defaults to `"mse"`): `"mse"`, the mean over the elements of a feature, or `"cosine"`, one
-            minus the cosine.
+        loss (`str`, *optional*, defaults to `"mse"`): `"mse"`, the mean over the elements of a feature, or `"cosine"`,
+            one minus the cosine.
         shift (`bool`, *optional*, defaults to `True`): Whether position `n` is predicted from the one before it.
-        layer (`int`, *optional*): Index into the decoder's `hidden_states` (0 are the embeddings), with `shift=False` alone.
-            By default the last one.
+        layer (`int`, *optional*): Index into the decoder's `hidden_states` (0 are the embeddings), with `shift=False`
+            alone. By default the last one.
 
     Raises:
         ValueError: If `loss` is neither, or there is a `layer` beside `shift`.
@@ -345,13 +346,13 @@ class Features(VisualWords):
 
     name = "features"
 
-    def __init__(self, loss: str = "mse", shift: bool = True, layer: int | None = None):
+    def __init__(self, loss: str = "mse", shift: bool = True, layer: int | None = None) -> None:
         if loss not in ("mse", "cosine"):
             raise ValueError(f"`loss` of `features` is {loss!r}; expected 'mse' or 'cosine'.")
         if shift and layer is not None:
             raise ValueError(
-                f"`layer` of `features` is {layer}, and `shift` is true: the next image feature is predicted from the last "
-                "layer. Set `shift` to false to align a layer with the tower."
+                f"`layer` of `features` is {layer}, and `shift` is true: the next image feature is predicted from the "
+                "last layer. Set `shift` to false to align a layer with the tower."
             )
         self.loss = loss
         self.shift = shift
@@ -397,8 +398,9 @@ def parse_objectives(
     The objectives that are asked for, with their weights.
 
     Args:
-        visual_objective (`str` or mapping, *optional*): A name, or names with their weights. In place of a weight there may
-            be a mapping with `weight` and the objective's options. `"language"` is named to weigh or, at 0, to drop it.
+        visual_objective (`str` or mapping, *optional*): A name, or names with their weights. In place of a weight
+            there may be a mapping with `weight` and the objective's options. `"language"` is named to weigh or, at 0,
+            to drop it.
         visual_loss_weight (`float`, *optional*, defaults to 1.0): The weight where `visual_objective` is a name.
         has_labels (`bool`, *optional*, defaults to `True`): Whether there is text to learn.
 
@@ -444,7 +446,8 @@ def _names() -> str:
 
 class SupervisedPositions(TypedDict):
     """
-    What of a batch is learned, as a mapping that trainers move between devices. A collator finds it on the host; on an accelerator the host would have to wait for it.
+    What of a batch is learned, as a mapping that trainers move between devices. A collator finds it on the host; on an
+    accelerator the host would have to wait for it.
 
     by_objective (`dict[str, torch.LongTensor]`):
         The positions that each objective supervises, counted through the rows (`n + num_columns * row`), `[K]`.
@@ -493,26 +496,47 @@ def cut_columns(batch: Mapping[str, Any], num_columns: int) -> dict[str, Any]:
     }
 
 
-def take_columns(
-    objectives: Mapping[str, Objective], input_ids: torch.Tensor | None, kwargs: dict[str, Any]
-) -> dict[str, Any]:
+def prepare_batch(
+    objectives: Mapping[str, Objective],
+    batch: dict[str, Any],
+    kwargs: dict[str, Any],
+    supervised_positions: SupervisedPositions | None,
+    image_token_id: int,
+) -> tuple[dict[str, Any], SupervisedPositions | None]:
     """
-    Takes what objectives ask for, beside token ids, labels and images, out of `kwargs`.
+    What objectives read of a batch, and which of its positions they supervise.
+
+    Args:
+        objectives (`Mapping[str, Objective]`): As [`parse_objectives`] returns them.
+        batch (`dict`): `input_ids`, `labels`, `attention_mask` and `position_ids`.
+        kwargs (`dict`): What else `forward` was called with. The columns that objectives ask for are taken out of it.
+        supervised_positions ([`SupervisedPositions`], *optional*): What a collator has found.
+        image_token_id (`int`): Id of the image placeholder.
+
+    Returns:
+        The batch, with these columns and without what nobody reads behind the last image token, and its positions: none
+        where there is only text to learn and no collator has found them.
 
     Raises:
-        ValueError: If it is not there.
+        ValueError: If a visual objective has no `input_ids`, or a column is missing.
     """
-    if input_ids is None and any(name != "language" for name in objectives):
+    is_visual = any(name != "language" for name in objectives)
+    if is_visual and batch["input_ids"] is None:
         raise ValueError("A `visual_objective` needs `input_ids`: they say which positions are image tokens.")
-    columns = {}
     for name, objective in objectives.items():
         for column in objective.columns:
             if column not in kwargs:
                 raise ValueError(f"The objective `{name}` needs `{column}`, which is not among the inputs. Pass it.")
-            columns[column] = kwargs[column]
-    for column in columns:
-        del kwargs[column]
-    return columns
+            batch = {**batch, column: kwargs[column]}
+    for column in batch:
+        kwargs.pop(column, None)
+    if supervised_positions is not None and supervised_positions["by_objective"].keys() != objectives.keys():
+        supervised_positions = None  # found for others
+    if supervised_positions is None and is_visual:
+        supervised_positions = find_supervised_positions(objectives, batch, image_token_id)
+    if supervised_positions is not None:
+        batch = cut_columns(batch, supervised_positions["num_columns"])
+    return batch, supervised_positions
 
 
 def teaches_decoder(objectives: Mapping[str, Objective]) -> bool:

@@ -49,8 +49,8 @@ class VWLMMCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):
         Mean loss of the visual objective over the supervised image positions, for visual words the Kullback-Leibler
         divergence in nats (equation 6). Of several objectives, the mean by their weights.
     num_text_positions, num_image_positions (`torch.LongTensor` of shape `()`, *optional*):
-        How many positions of this batch stand behind `language_loss` and `visual_loss`; of several visual objectives, those
-        of the first.
+        How many positions of this batch stand behind `language_loss` and `visual_loss`; of several visual objectives,
+        those of the first.
     visual_word_entropy (`torch.Tensor` of shape `()`, *optional*):
         Mean entropy of the visual words over the supervised image positions of this batch, in nats.
     losses (`dict[str, torch.Tensor]`, *optional*):
@@ -86,18 +86,21 @@ class VisualWordsOutput(ModelOutput):
 
 
 def summarise(
-    terms: dict[str, Term], weights: dict[str, float], counts: dict[str, int | torch.Tensor]
+    loss: torch.Tensor,
+    terms: dict[str, Term],
+    weights: dict[str, float],
+    counts: dict[str, int | torch.Tensor],
 ) -> dict[str, torch.Tensor | dict]:
     """
     The fields of [`VWLMMCausalLMOutputWithPast`] on losses.
 
     Args:
-        terms: What the objectives made of this batch.
+        loss, terms: What the objectives made of this batch.
         weights: Their weights.
         counts: The positions of the whole optimiser step by objective, where they are known.
     """
     losses = {name: (t.total / at_least_one(counts.get(name, t.count))).detach() for name, t in terms.items()}
-    fields = {"losses": losses, "terms": terms}
+    fields = {"loss": loss, "losses": losses, "terms": terms}
     if "language" in terms:
         fields["language_loss"] = losses["language"]
         fields["num_text_positions"] = torch.as_tensor(terms["language"].count)

@@ -1,8 +1,8 @@
 # Copyright 2026 The VW-LMM authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Image placeholders in a text: replaced, found and checked against the images, also where Transformers or vLLM look tokens up
-or propose them themselves.
+Image placeholders in a text: replaced, found and checked against the images, also where Transformers or vLLM look
+tokens up or propose them themselves.
 
 Shapes: `B` batch, `L` sequence length, `I` images, `N` image tokens of one image, `D` hidden size of the decoder.
 """
@@ -39,13 +39,13 @@ def check_no_placeholder(
     Args:
         input_ids (`torch.LongTensor` of shape `[B, L]`, *optional*): The text.
         config ([`VWLMMConfig`]): Names the placeholder.
-        num_image_tokens (`int`, *optional*): Placeholders in the text, if they have been counted; else they are counted
-            here, and the host waits for it.
+        num_image_tokens (`int`, *optional*): Placeholders in the text, if they have been counted; else they are
+            counted here, and the host waits for it.
         is_learned (`bool`, *optional*, defaults to `False`): Whether the model learns from this text.
 
     Raises:
-        ValueError: If there is one. Where it has an embedding, which LLaVA reads in silence, and nothing is learned, there
-            is a warning.
+        ValueError: If there is one. Where it has an embedding, which LLaVA reads in silence, and nothing is learned,
+            there is a warning.
     """
     # A decoding step feeds one token, its own: the check would only make the host wait.
     if num_image_tokens == 0 or input_ids is None or input_ids.shape[1] == 1:
@@ -79,8 +79,8 @@ def find_placeholders(
         embeddings (`nn.Module`): What makes them.
         config ([`VWLMMConfig`]): Names the placeholder.
         num_image_features (`int`): How many image features there are, `I * N`.
-        num_image_tokens (`int`, *optional*): Placeholders in the text, if they have been counted; else they are counted
-            here, and the host waits for it.
+        num_image_tokens (`int`, *optional*): Placeholders in the text, if they have been counted; else they are
+            counted here, and the host waits for it.
 
     Returns:
         `torch.BoolTensor` of shape `[B, L]`.

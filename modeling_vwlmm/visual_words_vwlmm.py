@@ -29,9 +29,9 @@ class VMHead(nn.Linear):
             embeddings (`torch.Tensor` of shape `[C, D]`, *optional*): Token embeddings `E`.
 
         Returns:
-            `torch.Tensor` of shape `[..., C]`, the logits of the visual words; with `embeddings` `[..., D]`, the pseudo
-            image features `softmax(W_VM x) E` (equation 8 of the paper). Rows of these pass in chunks, which backward
-            computes again: nothing of size `[..., C]` outlives its chunk.
+            `torch.Tensor` of shape `[..., C]`, the logits of the visual words; with `embeddings` `[..., D]`, the
+            pseudo image features `softmax(W_VM x) E` (equation 8 of the paper). Rows of these pass in chunks, which
+            backward computes again: nothing of size `[..., C]` outlives its chunk.
         """
         if embeddings is None:
             return super().forward(image_features)
@@ -95,8 +95,8 @@ class WithVisualWords:
     def get_vocabulary_embeddings(self, device: torch.device) -> torch.Tensor:
         """The embeddings `E` of all tokens, as the decoder reads them: `[C, D]`."""
         # Looked up, not read from the weight: some decoders scale what they look up (Gemma), the weight is whole only
-        # inside the module's own call where it is sharded or offloaded, and serving engines pad it, while only its first
-        # C rows are tokens.
+        # inside the module's own call where it is sharded or offloaded, and serving engines pad it, while only its
+        # first C rows are tokens.
         return self.get_input_embeddings()(torch.arange(self.config.text_config.vocab_size, device=device))
 
     def resize_token_embeddings(

@@ -173,8 +173,8 @@ class VWLMMTrainingArguments(SFTConfig):
         for column, name in needed.items():
             if column not in columns:
                 raise ValueError(
-                    f"The objective `{name}` learns from a column `{column}`, and the dataset has {', '.join(columns)}. "
-                    "Add the column, or choose another `visual_objective`."
+                    f"The objective `{name}` learns from a column `{column}`, and the dataset has "
+                    f"{', '.join(columns)}. Add the column, or choose another `visual_objective`."
                 )
 
     def _resolve_batch_size(self, default: int) -> None:

@@ -75,8 +75,8 @@ def pack(batch: dict[str, torch.Tensor], row_sizes: Sequence[int] | None = None)
         row_sizes (`Sequence[int]`, *optional*): How many samples go into each row. By default one row takes all.
 
     Returns:
-        The batch with `input_ids`, `labels` and `position_ids`, `[rows, L']`, and without `attention_mask`. What fills a
-        row up to the longest has position 0, like the beginning of a sample, so that attention keeps it apart.
+        The batch with `input_ids`, `labels` and `position_ids`, `[rows, L']`, and without `attention_mask`. What fills
+        a row up to the longest has position 0, like the beginning of a sample, so that attention keeps it apart.
     """
     is_token = batch.pop("attention_mask").bool()  # [S, L]
     position_ids = is_token.cumsum(dim=1) - 1  # [S, L]

@@ -10,8 +10,8 @@ from ..outputs_vwlmm import VWLMMImageFeaturesOutput
 
 def encode_no_images(model: VWLMMModel, runs_tower: bool) -> VWLMMImageFeaturesOutput:
     """
-    Image features without a row, made by every module that images pass and connected with their parameters, which get a
-    gradient of zero.
+    Image features without a row, made by every module that images pass and connected with their parameters, which get
+    a gradient of zero.
 
     Args:
         model ([`VWLMMModel`]): The model.

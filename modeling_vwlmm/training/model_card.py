@@ -32,8 +32,8 @@ TEMPLATE = (
 # {{ name }}
 
 A vision-language model by the method of [Multi-modal Auto-regressive Modeling via Visual
-Words](https://arxiv.org/abs/2403.07720) (VW-LMM), which maps every image feature to a probability distribution over the
-language model's vocabulary, its visual words.
+Words](https://arxiv.org/abs/2403.07720) (VW-LMM), which maps every image feature to a probability distribution over
+the language model's vocabulary, its visual words.
 {%- if base_model %} It was made from {% for id in base_model -%}
 [{{ id }}](https://huggingface.co/{{ id }}){{ "." if loop.last else " and " if loop.revindex == 2 else ", " }}
 {%- endfor %}
@@ -74,7 +74,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 {% if library_name == "peft" -%}
 base_id = "{{ base_model[0] if base_model else "BASE CHECKPOINT" }}"  # what the adapter was trained on
 base = AutoModelForImageTextToText.from_pretrained(base_id, trust_remote_code=True)
-model = PeftModel.from_pretrained(base, "{{ repo_id }}")  # loaded by Transformers alone, DoRA would lose its magnitudes
+model = PeftModel.from_pretrained(base, "{{ repo_id }}")  # Transformers alone would lose what DoRA adds
 processor = AutoProcessor.from_pretrained(base_id, trust_remote_code=True)
 {% else -%}
 model = AutoModelForImageTextToText.from_pretrained("{{ repo_id }}", trust_remote_code=True)
@@ -226,7 +226,7 @@ def read_training_procedure(card: ModelCard) -> str:
 
 def read_eval_results(file: str | Path) -> list[EvalResult]:
     """
-    Reads results from JSON: a list of objects with the fields of `huggingface_hub.EvalResult`, or what lmms-eval writes.
+    Reads results from JSON: objects with the fields of `huggingface_hub.EvalResult`, or what lmms-eval writes.
 
     Raises:
         ValueError: If `file` is neither.

@@ -18,8 +18,8 @@ def pack_rows(lengths: Sequence[int], max_length: int, seed: int = 0, epoch: int
     """
     Puts samples into rows by best fit: from the longest to the shortest, each goes where it leaves the least room.
 
-    Which of several samples of one length goes where, and the order of the rows, are random, the same for the same seed
-    and epoch. How many rows there are is the same in all epochs.
+    Which of several samples of one length goes where, and the order of the rows, are random, the same for the same
+    seed and epoch. How many rows there are is the same in all epochs.
 
     Args:
         lengths (`Sequence[int]`): Length of each sample in tokens.
@@ -121,8 +121,8 @@ def count_tokens(
         return np.asarray(dataset[length_column_name][:])
     if "messages" not in dataset.column_names:
         raise ValueError(
-            f"`packing` has to know how long samples are, and the dataset has {', '.join(dataset.column_names)}. Give it "
-            f"`messages`, or a column `{length_column_name}` with the number of tokens of each sample."
+            f"`packing` has to know how long samples are, and the dataset has {', '.join(dataset.column_names)}. Give "
+            f"it `messages`, or a column `{length_column_name}` with the number of tokens of each sample."
         )
     images = dataset.select_columns("images").with_format("arrow")[:]["images"]  # file names, not pixels
     num_images = pc.fill_null(pc.list_value_length(images), 0).to_numpy()

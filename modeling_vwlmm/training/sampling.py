@@ -21,8 +21,8 @@ class ModalityLengthGroupedSampler(Sampler):
     """
     Draws samples so that consecutive ones are of similar length, and the samples of a batch have images, all or none.
 
-    Batches of text then pass no vision tower, and little of any batch is padding. The order is random, the same for the
-    same seed and epoch.
+    Batches of text then pass no vision tower, and little of any batch is padding. The order is random, the same for
+    the same seed and epoch.
 
     Args:
         batch_size (`int`): Samples that belong together, those of one optimiser step.
@@ -31,7 +31,7 @@ class ModalityLengthGroupedSampler(Sampler):
         seed (`int`, *optional*, defaults to 0): Seed of the order.
     """
 
-    def __init__(self, batch_size: int, lengths: Sequence[int], has_images: Sequence[bool], seed: int = 0):
+    def __init__(self, batch_size: int, lengths: Sequence[int], has_images: Sequence[bool], seed: int = 0) -> None:
         self.batch_size = batch_size
         self.lengths = lengths
         self.has_images = np.asarray(has_images, dtype=bool)

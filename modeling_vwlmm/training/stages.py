@@ -2,8 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the stages of each method train, on which loss, with which defaults. VW-LMM's: section 3.1, tables 3 and 4."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
 
 
 ADAPTER = "model.multi_modal_projector"
@@ -55,3 +59,22 @@ STAGES = {
 
 # The table of stages that `method` names.
 METHODS: dict[str, dict[int, Stage]] = {"vw-lmm": STAGES}
+
+
+def set_trainable_parameters(model: PreTrainedModel, modules: int | Sequence[str]) -> None:
+    """
+    Lets the parameters of modules train, and freezes every other.
+
+    Args:
+        model (`PreTrainedModel`): The model.
+        modules (`int` or `Sequence[str]`): Paths of the modules, or the stage of VW-LMM that trains them.
+
+    Raises:
+        ValueError: If a parameter that trains is fp16, which AdamW's steps are too small for.
+    """
+    if isinstance(modules, int):
+        modules = STAGES[modules].trains
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(tuple(f"{module}." for module in modules)))
+        if parameter.requires_grad and parameter.dtype == torch.float16:
+            raise ValueError(f"{name} would train in float16. Load the model with `dtype=torch.float32`.")

@@ -2,13 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """One trainer for the four stages of VW-LMM."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
@@ -16,7 +15,6 @@ from huggingface_hub import ModelCard
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import (
-    PreTrainedModel,
     ProcessorMixin,
     TrainerCallback,
     TrainerControl,
@@ -33,13 +31,14 @@ from ..modeling_vwlmm import VWLMMForConditionalGeneration
 from ..objectives_vwlmm import find_supervised_positions
 from ..outputs_vwlmm import VWLMMCausalLMOutputWithPast
 from .arguments import VWLMMTrainingArguments
+from .checks import all_datasets, check_max_length, check_options, check_processor
 from .collating import VWLMMDataCollator
 from .lockstep import encode_no_images
 from .means import PositionMeans
 from .model_card import TAGS, is_hub_id, make_model_card, read_training_procedure
 from .packing import PackedDataset, PackingSampler, count_tokens
 from .sampling import ModalityLengthGroupedSampler, estimate_lengths
-from .stages import METHODS, STAGES
+from .stages import METHODS, set_trainable_parameters
 from .training_modules import attach_training_modules, load_training_modules, save_training_modules
 
 
@@ -57,8 +56,9 @@ class VWLMMTrainer(SFTTrainer):
     Logged beside `loss`: `language_loss` and `visual_loss` (nats a position), `num_text_positions` and
     `num_image_positions` behind them, `visual_word_entropy` (nats) and `padding_share`, all since the last log.
 
-    `train_sampling_strategy="group_by_length"` makes batches of similar length and one modality. `packing=True` puts the
-    samples of a micro-batch, images included, into one row without padding and without attention across samples.
+    `train_sampling_strategy="group_by_length"` makes batches of similar length and one modality. `packing=True` puts
+    samples of the whole dataset, images included, into rows of up to `max_length` tokens, without attention across
+    samples; batch sizes then count rows.
 
     Args:
         model ([`VWLMMForConditionalGeneration`] or `str`): Model, or name or path of a checkpoint.
@@ -116,12 +116,12 @@ class VWLMMTrainer(SFTTrainer):
             raise TypeError(f"`model` is a {type(base_model).__name__}; expected VWLMMForConditionalGeneration.")
         if base_model._hf_peft_config_loaded:
             raise ValueError(
-                "`model` has a PEFT adapter attached by Transformers: saving it would write that adapter alone, and lose "
-                "what this stage trains. Merge it first, `PeftModel.from_pretrained(base_model, "
+                "`model` has a PEFT adapter attached by Transformers: saving it would write that adapter alone, and "
+                "lose what this stage trains. Merge it first, `PeftModel.from_pretrained(base_model, "
                 "adapter).merge_and_unload()`, or pass the `PeftModel` to go on training the adapter."
             )
         check_options(args, kwargs, uses_peft=is_peft_model(model) or peft_config is not None)
-        warn_about_untrained_modules(base_model, args)
+        warn_about_untrained_modules(base_model.config.trained_stages, args)
         if not is_peft_model(model) and peft_config is None:
             set_trainable_parameters(base_model, args.get_trained_modules())
 
@@ -137,19 +137,14 @@ class VWLMMTrainer(SFTTrainer):
         )
         args.packing = packing
 
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"One process sees {args.n_gpu} GPUs, and would cut batches into parts that images do not follow. Start "
-                "one process for each with `accelerate launch` or `torchrun`, or show it one with `CUDA_VISIBLE_DEVICES`."
-            )
         self._base_model = base_model
         self._config = base_model.config
         self._objectives, self._weights = args.get_objectives()
         # Now, so that PEFT leaves them alone, and not later, because the optimizer has to know them.
         attach_training_modules(base_model, self._objectives, args.seed)
         base_model.encode_no_images = partial(encode_no_images, runs_tower=self._runs_tower_without_images())
-        self._check_processor()
-        self._check_max_length(train_dataset)
+        check_processor(self.processing_class, self._config)
+        check_max_length(train_dataset, args.max_length, self._config.image_seq_length)
         if args.chat_template is not None and not self._is_vision_dataset:
             raise ValueError(
                 f"Stage {args.stage} renders its prompts with `chat_template={args.chat_template!r}`, which needs a "
@@ -171,8 +166,8 @@ class VWLMMTrainer(SFTTrainer):
                 )
         elif packing:
             raise ValueError(
-                f"`packing` is set, and batches come from a {type(self.data_collator).__name__}, which does not pack. It "
-                "needs a dataset with an `images` column and no `data_collator` of your own; else leave it out."
+                f"`packing` is set, and batches come from a {type(self.data_collator).__name__}, which does not pack. "
+                "It needs a dataset with an `images` column and no `data_collator` of your own; else leave it out."
             )
         if packing and isinstance(train_dataset, IterableDataset):
             logger.warning("`packing` of streamed data puts the samples of a micro-batch into one row, and no others.")
@@ -183,39 +178,6 @@ class VWLMMTrainer(SFTTrainer):
             return False
         tower_learns = any(parameter.requires_grad for parameter in self._base_model.model.vision_tower.parameters())
         return tower_learns or self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
-
-    def _check_processor(self) -> None:
-        if self.processing_class.image_token_id != self._config.image_token_id:
-            raise ValueError(
-                f"The processor's image placeholder has id {self.processing_class.image_token_id}, the model expects "
-                f"{self._config.image_token_id}. Use the processor that was saved with the model, or build the model "
-                "with `image_token_index=processor.image_token_id`."
-            )
-
-        strategy = self.processing_class.vision_feature_select_strategy
-        if strategy != self._config.vision_feature_select_strategy:
-            raise ValueError(
-                f"The processor has vision_feature_select_strategy={strategy!r}, the model "
-                f"{self._config.vision_feature_select_strategy!r}: they count different numbers of image tokens. Use "
-                "the processor that was saved with the model."
-            )
-
-    def _check_max_length(self, dataset: Dataset) -> None:
-        if self.args.max_length is None or not isinstance(dataset, Dataset) or "images" not in dataset.column_names:
-            return
-        names = [name for name in ("id", "images") if name in dataset.column_names]
-        table = dataset.select_columns(names).with_format("arrow")[:]  # file names, not pixels
-        num_images = pc.list_value_length(table["images"])
-        most = pc.max(num_images).as_py() or 0
-        num_image_tokens = most * self._config.image_seq_length
-        if num_image_tokens >= self.args.max_length:
-            index = pc.index(num_images, most).as_py()
-            name = table["id"][index].as_py() if "id" in names else index
-            raise ValueError(
-                f"`max_length` is {self.args.max_length}, which would cut image tokens: sample {name!r} has {most} "
-                f"images of {self._config.image_seq_length} tokens each. Set `max_length` above {num_image_tokens} "
-                "plus the text, or to None."
-            )
 
     def _set_signature_columns_if_needed(self) -> None:
         # Private: Transformers has no public list of the columns that a collator reads.
@@ -338,8 +300,8 @@ class VWLMMTrainer(SFTTrainer):
             losses = ", ".join(f"{name} {loss.item()}" for name, loss in outputs.losses.items())
             raise FloatingPointError(
                 f"The loss of step {self.state.global_step + 1} is {outputs.loss.item()} ({losses}). Training stops "
-                f"before this step changes the weights; checkpoints in {self.args.output_dir} are untouched. Lower the "
-                "learning rate, or look at the data of this step."
+                f"before this step changes the weights; checkpoints in {self.args.output_dir} are untouched. Lower "
+                "the learning rate, or look at the data of this step."
             )
         means.add_terms(outputs.terms)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
@@ -407,66 +369,16 @@ def count_padding(batch: dict[str, Any]) -> int | torch.Tensor:
     return (batch["attention_mask"] == 0).sum() if "attention_mask" in batch else 0
 
 
-def all_datasets(datasets: Any) -> list[Dataset | IterableDataset]:
-    """The datasets of what a trainer takes as one, none, or several by name."""
-    return [] if datasets is None else list(datasets.values()) if isinstance(datasets, dict) else [datasets]
-
-
-def check_options(args: VWLMMTrainingArguments, kwargs: dict, uses_peft: bool) -> None:
-    """Refuses what `SFTTrainer` offers and the losses of the stages would ignore."""
-    ignored = {
-        "loss_type": args.loss_type != "nll",
-        "label_smoothing_factor": args.label_smoothing_factor > 0,
-        "compute_loss_func": kwargs.get("compute_loss_func") is not None,
-        "router_aux_loss_coef": bool(args.router_aux_loss_coef),
-    }
-    for name, is_set in ignored.items():
-        if is_set:
-            raise ValueError(f"`{name}` is set, and the losses of VW-LMM's stages have no place for it. Leave it out.")
-    if args.packing and args.train_sampling_strategy == "group_by_length":
-        raise ValueError(
-            "`packing` puts samples of unlike length together, `train_sampling_strategy='group_by_length'` those of like "
-            "length. Leave one of them out."
-        )
-    if args.packing and args.max_length is None:
-        raise ValueError("`packing` fills rows of `max_length` tokens, which is None. Set it.")
-    if args.stage == 3 and kwargs.get("compute_metrics") is not None:
-        raise ValueError("`compute_metrics` is set, and stage 3 computes no logits of text. Leave it out.")
-    if uses_peft and args.stage in (1, 3):
-        raise ValueError(
-            f"Stage {args.stage} trains {', '.join(args.get_trained_modules())} alone, which PEFT would freeze. Use PEFT "
-            "in stages 2 and 4, or leave `peft_config` out."
-        )
-
-
-def set_trainable_parameters(model: PreTrainedModel, modules: int | Sequence[str]) -> None:
-    """
-    Lets the parameters of modules train, and freezes every other.
-
-    Args:
-        model (`PreTrainedModel`): The model.
-        modules (`int` or `Sequence[str]`): Paths of the modules, or the stage of VW-LMM that trains them.
-
-    Raises:
-        ValueError: If a parameter that trains is fp16, which AdamW's steps are too small for.
-    """
-    if isinstance(modules, int):
-        modules = STAGES[modules].trains
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(tuple(f"{module}." for module in modules)))
-        if parameter.requires_grad and parameter.dtype == torch.float16:
-            raise ValueError(f"{name} would train in float16. Load the model with `dtype=torch.float32`.")
-
-
-def warn_about_untrained_modules(model: VWLMMForConditionalGeneration, args: VWLMMTrainingArguments) -> None:
+def warn_about_untrained_modules(trained_stages: list[int], args: VWLMMTrainingArguments) -> None:
     """Warns about modules that a stage relies on and that no stage has trained."""
     stages = METHODS[args.method]
     stage = stages[args.stage]
-    if args.stage == 3 and 3 not in model.config.trained_stages:
+    if args.stage == 3 and 3 not in trained_stages:
         logger.warning("Stage 3: the VM head has never been trained. It starts from random weights, as in the paper.")
-    missing = [number for number in stage.builds_on if number not in model.config.trained_stages]
-    if args.visual_objective is None and 3 in missing:
-        missing.remove(3)
+    missing = [number for number in stage.builds_on if number not in trained_stages]
+    objectives, _ = args.get_objectives()
+    if "visual_words" not in objectives and 3 in missing:
+        missing.remove(3)  # nothing reads the VM head
     for number in missing:
         logger.warning(
             f"Stage {args.stage} ({stage.name}) builds on stage {number} ({stages[number].name}), which has not run "

@@ -1,0 +1,90 @@
+# Copyright 2026 The VW-LMM authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What the trainer refuses before it begins."""
+
+from typing import Any
+
+import pyarrow.compute as pc
+from datasets import Dataset, IterableDataset
+from transformers import ProcessorMixin
+
+from ..configuration_vwlmm import VWLMMConfig
+from .arguments import VWLMMTrainingArguments
+from .stages import DECODER
+
+
+def all_datasets(datasets: Any) -> list[Dataset | IterableDataset]:
+    """The datasets of what a trainer takes as one, none, or several by name."""
+    return [] if datasets is None else list(datasets.values()) if isinstance(datasets, dict) else [datasets]
+
+
+def check_options(args: VWLMMTrainingArguments, kwargs: dict, uses_peft: bool) -> None:
+    """Refuses what `SFTTrainer` offers and the losses of the stages would ignore."""
+    ignored = {
+        "loss_type": args.loss_type != "nll",
+        "label_smoothing_factor": args.label_smoothing_factor > 0,
+        "compute_loss_func": kwargs.get("compute_loss_func") is not None,
+        "router_aux_loss_coef": bool(args.router_aux_loss_coef),
+    }
+    for name, is_set in ignored.items():
+        if is_set:
+            raise ValueError(f"`{name}` is set, and the losses of VW-LMM's stages have no place for it. Leave it out.")
+    if args.packing and args.train_sampling_strategy == "group_by_length":
+        raise ValueError(
+            "`packing` puts samples of unlike length together, `train_sampling_strategy='group_by_length'` those of "
+            "like length. Leave one of them out."
+        )
+    if args.packing and args.max_length is None:
+        raise ValueError("`packing` fills rows of `max_length` tokens, which is None. Set it.")
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"One process sees {args.n_gpu} GPUs, and would cut batches into parts that images do not follow. Start "
+            "one process for each with `accelerate launch` or `torchrun`, or show it one with `CUDA_VISIBLE_DEVICES`."
+        )
+    objectives, _ = args.get_objectives()
+    if "language" not in objectives and kwargs.get("compute_metrics") is not None:
+        raise ValueError(f"`compute_metrics` is set, and stage {args.stage} computes no logits of text. Leave it out.")
+    if uses_peft and args.trains is not None:
+        raise ValueError(
+            f"`trains` is {args.trains}, and PEFT says itself what trains. Name whole modules in `modules_to_save` of "
+            "its config, or leave one of the two out."
+        )
+    if uses_peft and DECODER not in args.get_trained_modules():
+        raise ValueError(
+            f"Stage {args.stage} trains {', '.join(args.get_trained_modules())} alone, which PEFT would freeze. Use "
+            "PEFT in stages 2 and 4, or leave `peft_config` out."
+        )
+
+
+def check_processor(processor: ProcessorMixin, config: VWLMMConfig) -> None:
+    """Raises unless processor and model agree on the image placeholder, and on how many an image has."""
+    if processor.image_token_id != config.image_token_id:
+        raise ValueError(
+            f"The processor's image placeholder has id {processor.image_token_id}, the model expects "
+            f"{config.image_token_id}. Use the processor that was saved with the model, or build the model with "
+            "`image_token_index=processor.image_token_id`."
+        )
+    if processor.vision_feature_select_strategy != config.vision_feature_select_strategy:
+        raise ValueError(
+            f"The processor has vision_feature_select_strategy={processor.vision_feature_select_strategy!r}, the "
+            f"model {config.vision_feature_select_strategy!r}: they count different numbers of image tokens. Use the "
+            "processor that was saved with the model."
+        )
+
+
+def check_max_length(dataset: Any, max_length: int | None, image_seq_length: int) -> None:
+    """Raises if the images of a sample alone are longer than `max_length` tokens."""
+    if max_length is None or not isinstance(dataset, Dataset) or "images" not in dataset.column_names:
+        return
+    names = [name for name in ("id", "images") if name in dataset.column_names]
+    table = dataset.select_columns(names).with_format("arrow")[:]  # file names, not pixels
+    num_images = pc.list_value_length(table["images"])
+    most = pc.max(num_images).as_py() or 0
+    if most * image_seq_length >= max_length:
+        index = pc.index(num_images, most).as_py()
+        name = table["id"][index].as_py() if "id" in names else index
+        raise ValueError(
+            f"`max_length` is {max_length}, which would cut image tokens: sample {name!r} has {most} images of "
+            f"{image_seq_length} tokens each. Set `max_length` above {most * image_seq_length} plus the text, or to "
+            "None."
+        )
