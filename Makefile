@@ -2,13 +2,17 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: demo test test-oldest test-peers test-lmms-eval test-vllm lint bench clean
+.PHONY: demo test test-oldest test-peers test-lmms-eval test-vllm mutants lint bench clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python examples/demo.py
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2
+
+# Changes to the code that the tests have to notice.
+mutants: $(VENV)/installed
+	$(VENV)/bin/python tests/mutants.py
 
 # The tests that Transformers runs on every model of its own, on this model and on LLaVA. They come from its source
 # distribution, which is downloaded into .cache.

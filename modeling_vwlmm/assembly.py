@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,7 +38,7 @@ WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfold
 
 
 def from_vision_text_pretrained(
-    cls: type[VWLMMForConditionalGeneration], vision: str | PreTrainedModel, text: str | PreTrainedModel, **config
+    cls: type[VWLMMForConditionalGeneration], vision: str | PreTrainedModel, text: str | PreTrainedModel, **config: Any
 ) -> VWLMMForConditionalGeneration:
     """
     The model that stage I starts from: a pretrained vision tower, a pretrained LLM, a new adapter and VM head.
@@ -90,7 +91,9 @@ def from_vision_text_pretrained(
     return _assemble(cls, config, vision, decoder, lm_head, generation_config=text.generation_config)
 
 
-def from_llava(cls: type[VWLMMForConditionalGeneration], name_or_path: str, **kwargs) -> VWLMMForConditionalGeneration:
+def from_llava(
+    cls: type[VWLMMForConditionalGeneration], name_or_path: str, **kwargs: Any
+) -> VWLMMForConditionalGeneration:
     """
     The model that stage III starts from where a LLaVA is at hand: all of it, and a new VM head.
 
@@ -177,7 +180,7 @@ def _check_parts(vision: PreTrainedModel, text: PreTrainedModel) -> None:
         )
 
 
-def load_llava(name_or_path: str, **kwargs) -> LlavaForConditionalGeneration:
+def load_llava(name_or_path: str, **kwargs: Any) -> LlavaForConditionalGeneration:
     """
     A LLaVA of which every tensor was in its checkpoint, and whose checkpoint has no others.
 
@@ -208,7 +211,7 @@ def load_llava(name_or_path: str, **kwargs) -> LlavaForConditionalGeneration:
     return llava
 
 
-def _check_tensors(name_or_path: str, loading: dict, **where) -> None:
+def _check_tensors(name_or_path: str, loading: dict, **where: Any) -> None:
     if unexpected := sorted(loading["unexpected_keys"]):
         file = next(
             (f for name, f in _find_tensors(name_or_path, **where).items() if name.endswith(unexpected[0])),
@@ -235,7 +238,7 @@ def _check_tensors(name_or_path: str, loading: dict, **where) -> None:
         )
 
 
-def _find_tensors(name_or_path: str, **where) -> dict[str, Path]:
+def _find_tensors(name_or_path: str, **where: Any) -> dict[str, Path]:
     """The file of every tensor, under the name it has there. Raises `ValueError` for a file that cannot be read."""
     folder = Path(cached_file(name_or_path, "config.json", **where)).parent
     tensors = {}

@@ -3,6 +3,7 @@
 """Configuration of VW-LMM."""
 
 import os
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
@@ -64,7 +65,7 @@ class VWLMMConfig(LlavaConfig):
     use_pseudo_image_features: bool = False
     trained_stages: list[int] | None = None
 
-    def __post_init__(self, **kwargs) -> None:
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if self.image_token_index is None:
             self.image_token_index = self.text_config.vocab_size

@@ -1,5 +1,6 @@
 # Copyright 2026 The VW-LMM authors.
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: ANN001, ANN202 (Triton takes annotations for types of its own)
 
 """
 The two steps of the fused loss between its matrix products, as Triton kernels.

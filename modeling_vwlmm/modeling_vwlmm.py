@@ -239,24 +239,24 @@ class VWLMMForConditionalGeneration(FrozenVisionTower, WithVisualWords, LlavaFor
 
     @classmethod
     def from_vision_text_pretrained(
-        cls, vision: str | PreTrainedModel, text: str | PreTrainedModel, **config
+        cls, vision: str | PreTrainedModel, text: str | PreTrainedModel, **config: Any
     ) -> "VWLMMForConditionalGeneration":
         """The model that stage I starts from. See [`modeling_vwlmm.assembly.from_vision_text_pretrained`]."""
         # Not a relative import: it would make the file travel with every checkpoint.
         return import_module("modeling_vwlmm.assembly").from_vision_text_pretrained(cls, vision, text, **config)
 
     @classmethod
-    def from_llava(cls, name_or_path: str, **kwargs) -> "VWLMMForConditionalGeneration":
+    def from_llava(cls, name_or_path: str, **kwargs: Any) -> "VWLMMForConditionalGeneration":
         """The model that stage III starts from, where a LLaVA is at hand. See [`assembly.from_llava`]."""
         return import_module("modeling_vwlmm.assembly").from_llava(cls, name_or_path, **kwargs)
 
-    def save_pretrained(self, *args, **kwargs) -> None:
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """See `PreTrainedModel.save_pretrained`. Tensors get the same names however the model was made or loaded."""
         # Otherwise they would get the names they were loaded under, and what DeepSpeed ZeRO-3 loads is taken to have
         # had those of the earliest LLaVAs.
         super().save_pretrained(*args, **{"save_original_format": False, **kwargs})
 
-    def _get_candidate_generator(self, **kwargs) -> CandidateGenerator:
+    def _get_candidate_generator(self, **kwargs: Any) -> CandidateGenerator:
         # There is no public way to say what assisted decoding may propose.
         return propose_without_images(super()._get_candidate_generator(**kwargs), self.config.image_token_id)
 

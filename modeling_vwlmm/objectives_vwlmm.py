@@ -514,8 +514,8 @@ def prepare_batch(
         image_token_id (`int`): Id of the image placeholder.
 
     Returns:
-        The batch, with these columns and without what nobody reads behind the last image token, and its positions: none
-        where there is only text to learn and no collator has found them.
+        The batch, with these columns and without what nobody reads behind the last image token, and its positions:
+        none where there is only text to learn and no collator has found them.
 
     Raises:
         ValueError: If a visual objective has no `input_ids`, or a column is missing.

@@ -7,6 +7,8 @@ tokens up or propose them themselves.
 Shapes: `B` batch, `L` sequence length, `I` images, `N` image tokens of one image, `D` hidden size of the decoder.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.generation import CandidateGenerator
@@ -123,7 +125,7 @@ def propose_without_images(generator: CandidateGenerator, image_token_id: int) -
     """
     propose = generator.get_candidates
 
-    def get_candidates(input_ids: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def get_candidates(input_ids: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         text_ids = input_ids.masked_fill(input_ids == image_token_id, 0)  # [1, L]
         candidate_ids, candidate_logits = propose(text_ids, **kwargs)  # [1, L + candidates]
         candidate_ids = candidate_ids.masked_fill(candidate_ids == image_token_id, 0)

@@ -19,7 +19,7 @@ class FrozenVisionTower:
     """A model whose vision tower is frozen when it is loaded, as when it is made: loading forgets what was frozen."""
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs) -> Any:
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """See `PreTrainedModel.from_pretrained`. The vision tower is frozen until its user unfreezes it."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with `output_loading_info`
@@ -34,7 +34,7 @@ def run_vision_tower(
     vision_feature_layer: int | list[int] | None = None,
     vision_feature_select_strategy: str | None = None,
     output_hidden_states: bool | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, BaseModelOutputWithPooling]:
     """
     What the adapter reads of images, and what else the tower returns. A frozen tower keeps no activations, whatever

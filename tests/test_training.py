@@ -293,7 +293,10 @@ class TestPrompts:
         assert trainer.processing_class.chat_template == processor.chat_template
 
     def test_template_of_the_user(self, make_trainer, processor, captions):
-        template = "{% for m in messages %}{% if m.role == 'user' %}<image>{% else %}{% generation %}X{% endgeneration %}{% endif %}{% endfor %}"
+        template = (
+            "{% for m in messages %}{% if m.role == 'user' %}<image>{% else %}"
+            "{% generation %}X{% endgeneration %}{% endif %}{% endfor %}"
+        )
         batch = make_trainer(3, chat_template=template).data_collator([captions[0]])
         assert batch["input_ids"].shape[1] == 16 + len(processor.tokenizer("X", add_special_tokens=False).input_ids)
 

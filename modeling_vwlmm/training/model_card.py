@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
@@ -138,7 +139,7 @@ def make_model_card(
     base_model: str | list[str] | None = None,
     tags: Iterable[str] = (),
     eval_results: Iterable[EvalResult] = (),
-    **metadata,
+    **metadata: Any,
 ) -> ModelCard:
     """
     Makes the model card of a checkpoint. What is not known is left out.

@@ -98,7 +98,7 @@ class VWLMMTrainer(SFTTrainer):
         train_dataset: Dataset | IterableDataset | None = None,
         processing_class: ProcessorMixin | None = None,
         peft_config: "PeftConfig | None" = None,  # noqa: F821 (an optional dependency)
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         if not isinstance(args, VWLMMTrainingArguments):
             raise TypeError(
@@ -185,7 +185,7 @@ class VWLMMTrainer(SFTTrainer):
         needed = ["id", *(column for objective in self._objectives.values() for column in objective.columns)]
         self._signature_columns += [column for column in needed if column not in self._signature_columns]
 
-    def train(self, *args, **kwargs) -> TrainOutput:
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """See `Trainer.train`. Writes the stage into `config.trained_stages`."""
         if self.args.stage not in self._config.trained_stages:
             self._config.trained_stages = [*self._config.trained_stages, self.args.stage]
@@ -318,7 +318,7 @@ class VWLMMTrainer(SFTTrainer):
         model_name: str | None = None,
         dataset_name: str | list[str] | None = None,
         tags: str | list[str] | None = None,
-        **metadata,
+        **metadata: Any,
     ) -> None:
         """
         Writes the model card, `README.md` in the output folder.
@@ -357,7 +357,9 @@ class SamplerEpoch(TrainerCallback):
     def __init__(self, sampler: Sampler) -> None:
         self.sampler = sampler
 
-    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """See `TrainerCallback.on_epoch_begin`."""
         self.sampler.set_epoch(int(state.epoch or 0))
 

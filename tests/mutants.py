@@ -1,0 +1,425 @@
+# Copyright 2026 The VW-LMM authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Changes to the code that must not pass the tests: `make mutants`.
+
+Each mutant is one edit, made on a copy of the repository, and the tests that have to notice it. Says which survive,
+and fails if any does. `python tests/mutants.py NAME...` runs some of them.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+
+ROOT = Path(__file__).parent.parent
+NUM_WORKERS = 2
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """
+    Args:
+        name: What is wrong with the code.
+        file: Where, in `modeling_vwlmm`.
+        old, new: The edit. `old` stands there once.
+        tests: Files of tests, and after `::` what their names must contain.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+OBJECTIVES, MODEL, TRAINER = "objectives_vwlmm.py", "modeling_vwlmm.py", "training/trainer.py"
+MUTANTS = [
+    # What is predicted, from where.
+    Mutant(
+        "position n is predicted from itself",
+        OBJECTIVES,
+        "[positions.to(self.hidden_states.device) - 1]",
+        "[positions.to(self.hidden_states.device)]",
+        "test_modeling.py::GoldenValues",
+    ),
+    Mutant(
+        "an image token behind padding is supervised",
+        OBJECTIVES,
+        "        is_supervised[:, 1:] &= attention_mask[:, :-1].bool()\n",
+        "        pass\n",
+        "test_modeling.py::Positions",
+    ),
+    Mutant(
+        "an image token that opens a packed sample is supervised",
+        OBJECTIVES,
+        "        is_supervised &= position_ids != 0\n",
+        "        pass\n",
+        "test_training.py::Packing",
+    ),
+    Mutant(
+        "image positions without a label are supervised",
+        OBJECTIVES,
+        'batch["image_labels"].flatten() != -100',
+        'batch["image_labels"].flatten() != -101',
+        "test_objectives.py::label",
+    ),
+    Mutant(
+        "a layer is aligned with the position behind it",
+        OBJECTIVES,
+        "hidden = inputs.layers[self.layers[0]].flatten(0, 1)[positions]",
+        "hidden = inputs.layers[self.layers[0]].flatten(0, 1)[positions - 1]",
+        "test_objectives.py::eature",
+    ),
+    Mutant(
+        "placeholders are supervised as text",
+        "training/collating.py",
+        '        batch["labels"][batch["input_ids"] == image_token_id] = -100\n',
+        "",
+        "test_training.py::Prompts or placeholder",
+    ),
+    Mutant(
+        "a placeholder is predicted where labels are the token ids",
+        MODEL,
+        "replace_placeholders(labels, self.config, token_id=-100)",
+        "labels",
+        "test_modeling.py::label",
+    ),
+    # Which weight, over how many.
+    Mutant(
+        "weights are ignored",
+        OBJECTIVES,
+        "scales[name] = weights[name] / at_least_one(count)",
+        "scales[name] = 1.0 / at_least_one(count)",
+        "test_modeling.py::eight",
+    ),
+    Mutant(
+        "means are over the micro-batch",
+        OBJECTIVES,
+        "count = counts.get(name, term.count if isinstance(term, Term) else len(term.hidden))",
+        "count = term.count if isinstance(term, Term) else len(term.hidden)",
+        "test_training.py::Normalisation",
+    ),
+    Mutant(
+        "no position makes a loss that is no number",
+        OBJECTIVES,
+        "return count.where(count > 0, 1)",
+        "return count",
+        "test_modeling.py::VisualLoss or Gradients",
+    ),
+    Mutant(
+        "negative weights are accepted",
+        OBJECTIVES,
+        "not 0 <= weight < math.inf",
+        "not weight < math.inf",
+        "test_objectives.py::eight",
+    ),
+    Mutant(
+        "the visual loss of several objectives is not weighted",
+        "outputs_vwlmm.py",
+        "sum(weights[name] / total_weight * losses[name] for name in visual)",
+        "sum(losses[name] for name in visual) / len(visual)",
+        "test_objectives.py::",
+    ),
+    Mutant(
+        "accumulation divides losses again",
+        TRAINER,
+        "    loss_is_scaled_for_ga = True\n",
+        "    loss_is_scaled_for_ga = False\n",
+        "test_training.py::Normalisation",
+    ),
+    Mutant(
+        "logged sums go on after they are logged",
+        "training/means.py",
+        "sums, self._sums = self._sums, defaultdict(list)",
+        "sums = self._sums",
+        "test_training.py::Logs",
+    ),
+    # Who learns.
+    Mutant(
+        "visual words as targets get a gradient",
+        OBJECTIVES,
+        "teacher=inputs.image_features_at(positions).detach()",
+        "teacher=inputs.image_features_at(positions) * torch.ones((), requires_grad=True)",
+        "test_modeling.py::nothing",
+    ),
+    Mutant(
+        "features as targets get a gradient",
+        OBJECTIVES,
+        "targets = targets.detach().float()",
+        "targets = targets.float()",
+        "test_modeling.py::detached",
+    ),
+    Mutant(
+        "stage III's decoder runs with gradients",
+        OBJECTIVES,
+        "    teaches_decoder = False\n",
+        "    teaches_decoder = True\n",
+        "test_modeling.py::Gradients",
+    ),
+    Mutant(
+        "stage III learns text",
+        OBJECTIVES,
+        "    beside_language = False\n",
+        "    beside_language = True\n",
+        "test_modeling.py::Gradients or VisualLoss",
+    ),
+    Mutant(
+        "a frozen vision tower keeps activations",
+        "vision_vwlmm.py",
+        "torch.set_grad_enabled(torch.is_grad_enabled() and learns)",
+        "torch.enable_grad()",
+        "test_modeling.py test_objectives.py test_peft_trl.py::tower or adapter",
+    ),
+    Mutant(
+        "a loaded vision tower is not frozen",
+        "vision_vwlmm.py",
+        "        model.base_model.vision_tower.requires_grad_(False)\n",
+        "",
+        "test_modeling.py::Gradients",
+    ),
+    Mutant(
+        "an unfrozen vision tower does not learn",
+        "vision_vwlmm.py",
+        "learns = any(parameter.requires_grad for parameter in vision_tower.parameters())",
+        "learns = False",
+        "test_modeling.py::Gradients",
+    ),
+    Mutant(
+        "the stage's modules are not all frozen or trained",
+        "training/stages.py",
+        'parameter.requires_grad_(name.startswith(tuple(f"{module}." for module in modules)))',
+        "parameter.requires_grad_(parameter.requires_grad or True)",
+        "test_training.py::WhatTrains",
+    ),
+    # What is computed, and what is not.
+    Mutant(
+        "stage III without its cut behind the last image token",
+        OBJECTIVES,
+        '    if "language" not in objectives:\n        image_columns',
+        "    if not objectives:\n        image_columns",
+        "test_modeling.py test_objectives.py::",
+    ),
+    Mutant(
+        "training computes full logits",
+        TRAINER,
+        "logits_to_keep=0 if return_outputs else torch.empty(0, dtype=torch.long)",
+        "logits_to_keep=0",
+        "test_training.py test_objectives.py::",
+    ),
+    Mutant(
+        "the model computes full logits beside a visual objective",
+        MODEL,
+        "if logits_to_keep is None and visual_objective is None:",
+        "if logits_to_keep is None:",
+        "test_modeling.py::",
+    ),
+    Mutant(
+        "a blank image runs without labels",
+        MODEL,
+        "        if objectives and images is None:\n",
+        "        if images is None:\n",
+        "test_objectives.py test_modeling.py::",
+    ),
+    Mutant(
+        "the tower runs on text under DDP",
+        TRAINER,
+        "return tower_learns or self.is_fsdp_enabled or is_deepspeed_zero3_enabled()",
+        "return True",
+        "test_distributed.py::",
+    ),
+    Mutant(
+        "the tower does not run on text where parameters are sharded",
+        TRAINER,
+        "return tower_learns or self.is_fsdp_enabled or is_deepspeed_zero3_enabled()",
+        "return tower_learns",
+        "test_distributed.py::",
+    ),
+    Mutant(
+        "pseudo image features keep all distributions for backward",
+        "visual_words_vwlmm.py",
+        "torch.cat([checkpoint(self._mix, chunk, embeddings, **options) for chunk in chunks])",
+        "torch.cat([self._mix(chunk, embeddings) for chunk in chunks])",
+        "test_objectives.py::pseudo",
+    ),
+    Mutant(
+        "targets come from pseudo image features",
+        MODEL,
+        "return VWLMMImageFeaturesOutput(pooler_output=read, patch_features=patch_features, **adapted)",
+        "adapted.image_features = list(read)\n        "
+        "return VWLMMImageFeaturesOutput(pooler_output=read, patch_features=patch_features, **adapted)",
+        "test_modeling.py::GoldenValues or VisualLoss",
+    ),
+    Mutant(
+        "a padded batch goes to attention with its mask, into which the host looks",
+        TRAINER,
+        'if name != "attention_mask"}',
+        "if name}",
+        "test_objectives.py::read",
+    ),
+    Mutant(
+        "a loss that is no number trains on",
+        TRAINER,
+        "if self.model.training and not torch.isfinite(outputs.loss):",
+        "if False:",
+        "test_training.py::no_number",
+    ),
+    Mutant(
+        "gradients of two backward passes are the same memory",
+        "loss_vwlmm.py",
+        "in_place = not torch._C._autograd._get_current_graph_task_keep_graph()",
+        "in_place = True",
+        "test_objectives.py test_loss.py::retain or twice or backward",
+    ),
+    Mutant(
+        "the head's gradient is summed in 16 bits",
+        "loss_vwlmm.py",
+        "return (a @ b).to(torch.promote_types(a.dtype, torch.float32))",
+        "return a @ b",
+        "test_loss.py::",
+    ),
+    # Order, packing, resuming.
+    Mutant(
+        "the sampler's batches are not shuffled",
+        "training/sampling.py",
+        "order = torch.randperm(len(batches), generator=generator)",
+        "order = torch.arange(len(batches))",
+        "test_training.py test_objectives.py::roup or shuffle or order",
+    ),
+    Mutant(
+        "samplers are not told the epoch",
+        TRAINER,
+        "        self.sampler.set_epoch(int(state.epoch or 0))\n",
+        "        pass\n",
+        "test_training.py::resumed",
+    ),
+    Mutant(
+        "the first token of a packed sample is predicted from the sample before",
+        "training/collating.py",
+        '    batch["labels"][position_ids == 0] = -100\n',
+        "",
+        "test_training.py::Packing",
+    ),
+    Mutant(
+        "what fills a packed row belongs to its last sample",
+        "training/collating.py",
+        '        ("labels", batch["labels"], -100),\n',
+        '        ("labels", batch["labels"], 0),\n',
+        "test_training.py::Packing",
+    ),
+    Mutant(
+        "a sample goes into the row with the most room",
+        "training/packing.py",
+        "room = length + (enough & -enough).bit_length() - 1",
+        "room = length + enough.bit_length() - 1",
+        "test_training.py::best_fit",
+    ),
+    Mutant(
+        "packing does not follow the epoch",
+        "training/packing.py",
+        "np.random.default_rng([seed, epoch])",
+        "np.random.default_rng([seed, 0])",
+        "test_training.py::Packing",
+    ),
+    Mutant(
+        "a resumed run has new training modules",
+        TRAINER,
+        "        load_training_modules(self._base_model, resume_from_checkpoint)\n",
+        "",
+        "test_objectives.py::resum",
+    ),
+    Mutant(
+        "training modules are saved with the model",
+        "training/training_modules.py",
+        'ignored | {f"training_modules.{name}" for name in modules.state_dict()}',
+        "ignored",
+        "test_objectives.py::save or safetensors or folder",
+    ),
+    Mutant(
+        "data without an objective's column are accepted",
+        TRAINER,
+        "            args.check_columns(dataset)\n",
+        "            pass\n",
+        "test_objectives.py::column",
+    ),
+    # Pictures and heads.
+    Mutant(
+        "the class token is read as a patch",
+        "vision_vwlmm.py",
+        'selected = [features[:, 1:] if strategy == "default" else features for features in selected]',
+        'selected = [features[:, :-1] if strategy == "default" else features for features in selected]',
+        "test_modeling.py::GoldenValues",
+    ),
+    Mutant(
+        "images without a placeholder are ignored",
+        "placeholders_vwlmm.py",
+        "        num_image_tokens == num_image_features,\n",
+        "        True,\n",
+        "test_modeling.py test_generation.py test_llava_equality.py::",
+    ),
+    Mutant(
+        "the VM head keeps its size when tokens are added",
+        "visual_words_vwlmm.py",
+        "if vm_head.out_features != num_tokens:",
+        "if False:",
+        "test_modeling.py::Resize",
+    ),
+    Mutant(
+        "nearest tokens by product and not by cosine",
+        "visual_words_vwlmm.py",
+        "directions = F.normalize(embeddings.float(), dim=-1)",
+        "directions = embeddings.float()",
+        "test_modeling.py::earest",
+    ),
+    Mutant(
+        "a new adapter of an assembled model is random memory",
+        "assembly.py",
+        "adapter = make_adapter(config) if adapter is None else adapter",
+        'adapter = make_adapter(config).to("meta").to_empty(device="cpu") if adapter is None else adapter',
+        "test_modeling.py::fresh or new",
+    ),
+]
+
+
+def run(mutant: Mutant) -> str:
+    """Makes the edit on a copy, and says whether its tests notice: `"killed"`, `"survived"` or what went wrong."""
+    source = (ROOT / "modeling_vwlmm" / mutant.file).read_text()
+    if source.count(mutant.old) != 1:
+        return f"the edit fits {source.count(mutant.old)} places of {mutant.file}, expected one"
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("modeling_vwlmm", "processing", "tests", "examples", "benchmarks", "docs"):
+            shutil.copytree(ROOT / name, Path(folder, name), ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("pyproject.toml", "README.md", "Makefile"):
+            shutil.copy(ROOT / name, folder)
+        # The package is installed from where it is developed: the copy has to come first, under the names it has
+        # there.
+        Path(folder, "processing_vwlmm").symlink_to("processing")
+        Path(folder, "modeling_vwlmm", mutant.file).write_text(source.replace(mutant.old, mutant.new))
+        files, _, names = mutant.tests.partition("::")
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+        command += [f"tests/{file}" for file in files.split()] + (["-k", names] if names else [])
+        environment = {**os.environ, "PYTHONPATH": folder, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    # 1: tests failed; 0: all passed; else pytest could not run them.
+    return {0: "survived", 1: "killed"}.get(result.returncode, f"no tests ran: {result.stdout[-500:]}")
+
+
+def main(names: list[str]) -> None:
+    """Runs the mutants that are named, or all."""
+    mutants = [mutant for mutant in MUTANTS if not names or mutant.name in names]
+    with ThreadPoolExecutor(NUM_WORKERS) as workers:
+        results = []
+        for mutant, result in zip(mutants, workers.map(run, mutants), strict=True):
+            results.append(result)
+            print(f"{result:10} {mutant.name}", flush=True)
+    print(f"{results.count('killed')} of {len(results)} mutants are killed.")
+    sys.exit(results.count("killed") < len(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
