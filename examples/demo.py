@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import train
 from evaluate import answer_questions, draw, measure_answers, measure_patches, read_patches
 from small_world import KINDS, read_held_out, write_llava_dataset
@@ -25,6 +26,7 @@ NUM_CAPTIONS, NUM_CONVERSATIONS = 4800, 3800
 
 
 def main() -> None:
+    """Writes the data, trains all stages, and measures."""
     start = time.monotonic()
     print("\n=== Writing the small world")
     write_llava_dataset(RUNS / "data", NUM_CAPTIONS, NUM_CONVERSATIONS)
@@ -71,7 +73,9 @@ def main() -> None:
     )
 
 
-def draw_samples(records, nearest_tokens, visual_words, answers) -> None:
+def draw_samples(
+    records: list[dict], nearest_tokens: np.ndarray, visual_words: np.ndarray, answers: list[str]
+) -> None:
     """Draws one held-out image for each of four kinds of question: the first of its kind, right or wrong."""
     shown = [
         next(i for i, r in enumerate(records) if r["kind"] == k) for k in ("describe", "where", "count", "colour")
@@ -86,6 +90,7 @@ def draw_samples(records, nearest_tokens, visual_words, answers) -> None:
 
 
 def answer_table(accuracies: dict[str, dict[str, float]], records: list[dict]) -> str:
+    """A table in Markdown of what `measure_answers` returns for each model."""
     asked = Counter(record["kind"] for record in records) | {"all": len(records)}
     rows = [
         [kind, str(asked[kind]), *(f"{accuracy[kind]:.1%}" for accuracy in accuracies.values())]
@@ -95,6 +100,7 @@ def answer_table(accuracies: dict[str, dict[str, float]], records: list[dict]) -
 
 
 def patch_table(nearest: dict[str, dict[str, float]], visual: dict[str, float]) -> str:
+    """A table in Markdown of what `measure_patches` returns: of nearest tokens for each model, and of visual words."""
     measures = {
         "attribute": "object patches: a true attribute of the object",
         "shuffled": "the same with the images shuffled",
@@ -109,6 +115,7 @@ def patch_table(nearest: dict[str, dict[str, float]], visual: dict[str, float]) 
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown whose columns are aligned."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [header, ["-" * width for width in widths], *rows]
     return "".join(

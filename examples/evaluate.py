@@ -6,6 +6,8 @@ What a VW-LMM checkpoint knows of the small world: answers to held-out questions
 
 import argparse
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -30,7 +32,7 @@ def answer_questions(
     model: VWLMMForConditionalGeneration, processor: VWLMMProcessor, records: list[dict]
 ) -> list[str]:
     """Greedy answers to the held-out questions, in their order."""
-    # Questions of one kind have answers of about one length: batches of a kind waste fewest decoding steps.
+    # Answers to questions of one kind are about equally long, so that a batch of them wastes few decoding steps.
     order = sorted(range(len(records)), key=lambda index: records[index]["kind"])
     answers = [""] * len(records)
     for start in tqdm(range(0, len(records), BATCH_SIZE), desc="Answering", unit="batch"):
@@ -97,20 +99,21 @@ def measure_patches(words: np.ndarray, records: list[dict]) -> dict[str, float]:
     Shares of patches whose word is right.
 
     Args:
-        words: `[I, N]`, one word a patch.
-        records: The held-out records, whose `patch_words` are the true words of each patch.
+        words (`np.ndarray` of shape `[I, N]`): One word a patch.
+        records (`list[dict]`): The held-out records, whose `patch_words` are the true words of each patch.
 
     Returns:
-        `attribute`: of the object patches, the share whose word is an attribute of their object; `shuffled`: the same
-        with every image's words held against the next image; `background`: of the background patches, the share whose
-        word is the background's; `separated`: of both, the share that this word, or another, puts on the right side.
+        `dict[str, float]`, with `attribute`: of the object patches, the share whose word is an attribute of their
+        object; `shuffled`: the same with every image's words compared with the next image; `background`: of the
+        background patches, the share whose word is the background's; `separated`: of both, the share of object patches
+        with any other word and background patches with this one.
     """
 
-    def pairs(words):
+    def pairs(words: np.ndarray) -> Iterator[tuple[str, list[str]]]:
         for image_words, record in zip(words, records, strict=True):
             yield from zip(image_words, record["patch_words"], strict=True)
 
-    def attribute_share(words):
+    def attribute_share(words: np.ndarray) -> float:
         return np.mean([word in true for word, true in pairs(words) if len(true) > 1])
 
     on_background = [word == BACKGROUND_WORD for word, true in pairs(words) if true == [BACKGROUND_WORD]]
@@ -123,8 +126,17 @@ def measure_patches(words: np.ndarray, records: list[dict]) -> dict[str, float]:
     }
 
 
-def draw(path: str, records: list[dict], nearest: np.ndarray, visual: np.ndarray, answers: list[str]) -> None:
-    """Writes a picture: each image beside its nearest tokens and its visual words, with one answered question below."""
+def draw(path: Path, records: list[dict], nearest: np.ndarray, visual: np.ndarray, answers: list[str]) -> None:
+    """
+    Writes a picture: each image beside its nearest tokens and its visual words, with one answered question below.
+
+    Args:
+        path (`Path`): File to write.
+        records (`list[dict]`): The records of the `I` images to draw.
+        nearest (`np.ndarray` of shape `[I, N]`): Nearest token of each patch.
+        visual (`np.ndarray` of shape `[I, N]`): Most probable visual word of each patch.
+        answers (`list[str]`): The model's answer to each record's question.
+    """
     figure = plt.figure(figsize=(12, 4.4 * len(records)), layout="constrained")
     titles = ("held-out image", "nearest tokens", "most probable visual words")
     rows = figure.subfigures(len(records), 1, squeeze=False)[:, 0]
@@ -144,6 +156,7 @@ def draw(path: str, records: list[dict], nearest: np.ndarray, visual: np.ndarray
 
 
 def main() -> None:
+    """Prints what is measured of the checkpoint that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="folder of a VW-LMM checkpoint")
     parser.add_argument("data", help="folder that small_world.py wrote")

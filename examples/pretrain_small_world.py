@@ -1,4 +1,5 @@
-"""Make the two pretrained parts of the small world, the counterparts of CLIP and Vicuna.
+"""
+Makes the two pretrained parts of the small world, the counterparts of CLIP and Vicuna.
 
     python examples/pretrain_small_world.py
 
@@ -178,17 +179,24 @@ def contrastive_scenes(rng: random.Random, size: int) -> list[Scene]:
 
 
 def to_pixel_values(scenes: list[Scene], processor: CLIPImageProcessorPil) -> torch.Tensor:
-    """What the image processor makes of pictures that have the right size already, in one go: [B, 3, 64, 64]."""
-    pixels = (
-        torch.from_numpy(np.stack([np.asarray(scene.image()) for scene in scenes])).float() / 255
-    )  # [B, 64, 64, 3]
+    """What the image processor makes of pictures that have the right size already, at once: `[B, 3, 64, 64]`."""
+    images = np.stack([np.asarray(scene.image()) for scene in scenes])  # [B, 64, 64, 3]
+    pixels = torch.from_numpy(images).float() / 255
     return ((pixels - torch.tensor(processor.image_mean)) / torch.tensor(processor.image_std)).permute(0, 3, 1, 2)
 
 
 def drop_patches(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Keep the class token and a random part of the patches, before the last layer: [B, 1 + N, D] to [B, 1 + K, D].
+    """
+    Keeps the class token and a random part of the patches, before the last layer.
 
     The class token can then rely on no single patch, so that every patch of an object learns to tell about it.
+
+    Args:
+        layer (`torch.nn.Module`): The layer, which this is a hook of.
+        inputs (`tuple[torch.Tensor, ...]`): Its arguments, hidden states of shape `[B, 1 + N, D]` first.
+
+    Returns:
+        The arguments, with hidden states of shape `[B, 1 + K, D]` in training, and unchanged otherwise.
     """
     if not layer.training:
         return inputs
@@ -199,6 +207,7 @@ def drop_patches(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tu
 
 
 def train_vision_tower(tokenizer: PreTrainedTokenizerFast, processor: CLIPImageProcessorPil) -> CLIPVisionModel:
+    """Trains vision tower and text encoder to tell which caption belongs to which picture, and returns the tower."""
     torch.manual_seed(SEED)
     rng = random.Random(f"{SEED}/vision")
     model = build_clip(len(tokenizer)).train()
@@ -226,9 +235,9 @@ def train_vision_tower(tokenizer: PreTrainedTokenizerFast, processor: CLIPImageP
 
 @torch.no_grad()
 def probe_vision_tower(tower: CLIPVisionModel, processor: CLIPImageProcessorPil) -> dict[str, float]:
-    """How well a linear map reads the attributes of the object at a patch off that patch's features of layer -2."""
+    """How well a linear map reads the attributes of the object at a patch from that patch's features of layer -2."""
 
-    def features_and_labels(seed: str, count: int):
+    def features_and_labels(seed: str, count: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         rng = random.Random(seed)
         scenes = [random_scene(rng) for _ in range(count)]
         pixel_values = processor([scene.image() for scene in scenes], return_tensors="pt").pixel_values
@@ -264,6 +273,7 @@ def probe_vision_tower(tower: CLIPVisionModel, processor: CLIPImageProcessorPil)
 
 
 def build_llm(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A Llama of five layers."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=192,
@@ -287,13 +297,22 @@ def build_llm(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 class TextEncoder:
     """Prompts with a scene in words at the place of the image, as token ids."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = copy.deepcopy(tokenizer)
         self.tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
         self.image_id, self.assistant_id = self.tokenizer.convert_tokens_to_ids(["<image>", "▁ASSISTANT"])
 
     def __call__(self, prompt: str, scene_words: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Token ids, which of them are the scene, and which are said in reply (or all of a plain caption), each [L]."""
+        """
+        Encodes one prompt.
+
+        Args:
+            prompt (`str`): A prompt, with `<image>` where the scene goes.
+            scene_words (`list[str]`): The scene in words, one a patch.
+
+        Returns:
+            Token ids, which of them are the scene, and which are the replies (or all of a plain caption), each `[L]`.
+        """
         ids = torch.tensor(self.tokenizer(prompt.replace("<image>", "<image>" * NUM_PATCHES)).input_ids)
         in_scene = ids == self.image_id
         if "ASSISTANT" in prompt:
@@ -325,7 +344,10 @@ def places_in_words(rng: random.Random) -> list[str]:
 
 
 def names_and_places(scene: Scene, rng: random.Random) -> str:
-    """Where everything is, by all of its names: what a question about a thing asks first, many times in one sample."""
+    """
+    Where each thing is, by all of its names. A question about a thing takes this step first; one sample exercises it
+    up to eight times.
+    """
     attributes = ("size", "colour", "shape")
     found = [f"the {name} at the {thing.place}" for thing in scene.things for name in scene.names(thing, *attributes)]
     return ", ".join(rng.sample(found, min(len(found), 8)))
@@ -336,7 +358,7 @@ def exercise(scene: Scene, rng: random.Random) -> tuple[str, list[str]]:
     words = scene.in_words(rng)
     drawn = rng.random()
     if drawn < 0.2:
-        # To know one's place in the grid is half of reading a scene, and this says it 64 times a sample.
+        # Half of reading a scene is to know where in the grid a patch is, and this asks it 64 times a sample.
         return f"{SYSTEM} USER: <image>", places_in_words(rng)
     if drawn < 0.3:
         return f"<image>{scene.caption()}\n", words
@@ -346,9 +368,16 @@ def exercise(scene: Scene, rng: random.Random) -> tuple[str, list[str]]:
 
 
 def text_batch(encode: TextEncoder, rng: random.Random, exercises: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids, padded with -100, and the weight of each token in the loss: both [B, L].
+    """
+    Draws a batch.
 
-    `exercises` is the share of samples that are no conversations.
+    Args:
+        encode (`TextEncoder`): Encodes prompts.
+        rng (`random.Random`): Draws scenes and prompts.
+        exercises (`float`): The share of samples that are no conversations.
+
+    Returns:
+        Token ids, padded with -100, and the weight of each token in the loss, both `[B, L]`.
     """
     samples = []
     for _ in range(LLM_BATCH):
@@ -356,19 +385,23 @@ def text_batch(encode: TextEncoder, rng: random.Random, exercises: float) -> tup
         if rng.random() < exercises:
             prompt, words = exercise(scene, rng)
         else:
-            # More questions than a conversation of the instruction data has: it is answers that the model learns from.
+            # More questions than a conversation of the instruction data has: the model learns from their answers.
             turns = scene.conversation(rng) + [scene.question(kind, rng) for kind in rng.choices(KINDS[:-1], k=4)]
             rng.shuffle(turns)
             prompt, words = vicuna_prompt(turns), scene.in_words(rng)
         ids, in_scene, in_reply = encode(prompt, words)
-        # Scenes are mostly chance, questions are nothing but: with full weight they would drown the replies in noise.
+        # The words of a scene are mostly random, questions wholly, and nothing can be learned from that. With full
+        # weight they would be most of the loss, and its gradient mostly noise.
         samples.append((ids, torch.where(in_reply, 1.0, torch.where(in_scene, 0.2, 0.02))))
     labels, weights = zip(*samples, strict=True)
     return pad_sequence(labels, batch_first=True, padding_value=-100), pad_sequence(weights, batch_first=True)
 
 
 def train_llm(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Exercises first: dense and short, they teach to read a scene in a fraction of the time that questions take."""
+    """
+    Trains the LLM, on exercises first: they are short and ask much, and teach to read a scene in a fraction of the
+    time that questions take.
+    """
     torch.manual_seed(SEED)
     rng = random.Random(f"{SEED}/llm")
     model = build_llm(tokenizer).train()
@@ -417,16 +450,24 @@ def measure_llm(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, cou
 
 
 class Muon(torch.optim.Optimizer):
-    """SGD with momentum whose steps on a matrix are orthogonalised (Jordan et al., 2024); AdamW takes the rest.
+    """
+    SGD with momentum whose steps on a matrix are orthogonalised (Jordan et al., 2024); AdamW takes the rest.
 
-    It learns to read a scene in a third of AdamW's steps. `torch.optim.Muon` computes in bfloat16, which few CPUs can.
+    With it, the LLM learns to read a scene in a third of AdamW's steps. `torch.optim.Muon` computes in bfloat16, which
+    few CPUs have instructions for.
+
+    Args:
+        matrices (`list[torch.nn.Parameter]`): What to train.
+        lr (`float`): Learning rate.
+        momentum (`float`, *optional*, defaults to 0.95): Decay of the average of gradients.
     """
 
-    def __init__(self, matrices: list[torch.nn.Parameter], lr: float, momentum: float = 0.95):
+    def __init__(self, matrices: list[torch.nn.Parameter], lr: float, momentum: float = 0.95) -> None:
         super().__init__(matrices, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self):
+    def step(self) -> None:
+        """Takes one step."""
         for group in self.param_groups:
             for matrix in group["params"]:
                 average = self.state[matrix].setdefault("average", torch.zeros_like(matrix))
@@ -443,9 +484,15 @@ class Muon(torch.optim.Optimizer):
 
 
 class Optimizers:
-    """Muon for the matrices of the layers, AdamW for all else, with linear warm-up and decay."""
+    """
+    Muon for the matrices of the layers, AdamW for all else, with linear warm-up and decay.
 
-    def __init__(self, model: torch.nn.Module, steps: int):
+    Args:
+        model (`torch.nn.Module`): What to train.
+        steps (`int`): The number of steps, after which the learning rate is 0.
+    """
+
+    def __init__(self, model: torch.nn.Module, steps: int) -> None:
         matrices, others = [], []
         for name, parameter in model.named_parameters():
             (matrices if ".layers." in name and parameter.ndim == 2 else others).append(parameter)
@@ -457,6 +504,7 @@ class Optimizers:
         ]
 
     def step(self, loss: torch.Tensor) -> None:
+        """Backward, clipping, and one step of both optimizers."""
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
@@ -467,10 +515,16 @@ class Optimizers:
 
 @torch.no_grad()
 def rescale_residual_stream(writers: list[torch.nn.Module], factor: float) -> None:
-    """Multiplies what layers write into the residual stream, which changes nothing: every layer normalises what it reads.
+    """
+    Multiplies what layers write into the residual stream. Outputs stay the same, as every layer normalises what it
+    reads.
 
-    As trained, features of the vision tower are a hundred times as long as embeddings of the LLM. An adapter then learns
-    directions that no word has; between streams of about one scale, image features land beside words.
+    As trained, features of the vision tower are a hundred times as long as embeddings of the LLM. An adapter then
+    learns directions that no word has; between streams of about one scale, image features land beside words.
+
+    Args:
+        writers (`list[torch.nn.Module]`): The modules whose outputs are added to the stream.
+        factor (`float`): Factor of their weights and biases.
     """
     for writer in writers:
         for parameter in writer.parameters():
@@ -478,6 +532,7 @@ def rescale_residual_stream(writers: list[torch.nn.Module], factor: float) -> No
 
 
 def report(title: str, model: torch.nn.Module, accuracies: dict[str, float]) -> None:
+    """Prints a model's size and what it was measured to know."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{title}, {parameters / 1e6:.2f} M parameters")
     for name, accuracy in accuracies.items():
@@ -485,18 +540,20 @@ def report(title: str, model: torch.nn.Module, accuracies: dict[str, float]) -> 
 
 
 def make_vision_tower(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Trains, saves and measures the vision tower."""
     processor = CLIPImageProcessorPil(
         size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     )
     train_vision_tower(tokenizer, processor).half().save_pretrained(OUTPUT / "vision_tower")
     processor.save_pretrained(OUTPUT / "vision_tower")
-    # What counts is what was written: half precision, through the doors that everybody else uses.
+    # Measured as its users will load it: from disk, in half precision.
     tower = CLIPVisionModel.from_pretrained(OUTPUT / "vision_tower", dtype=torch.float32)
     processor = AutoImageProcessor.from_pretrained(OUTPUT / "vision_tower")
     report("Vision tower: linear probe of layer -2, by patch", tower, probe_vision_tower(tower, processor))
 
 
 def make_llm(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Trains, saves and measures the LLM and its tokenizer."""
     train_llm(tokenizer).half().save_pretrained(OUTPUT / "llm")
     tokenizer.save_pretrained(OUTPUT / "llm")
     llm = LlamaForCausalLM.from_pretrained(OUTPUT / "llm", dtype=torch.float32)
@@ -505,6 +562,7 @@ def make_llm(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def main() -> None:
+    """Makes the parts that the command line names."""
     parts = {"vision_tower": make_vision_tower, "llm": make_llm}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=list(parts), help="what to make: vision_tower, llm, or both")

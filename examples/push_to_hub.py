@@ -6,7 +6,8 @@ Publishes a checkpoint on the Hugging Face Hub, with a model card. Log in first,
     python examples/push_to_hub.py runs/vicuna_7b/stage4 your-name/vwlmm-vicuna-7b --license llama2 \
         --datasets liuhaotian/LLaVA-Pretrain liuhaotian/LLaVA-Instruct-150K --metrics results.json
 
-`--dry_run` writes the card and lists the files, and uploads nothing. `results.json` is what lmms-eval writes, or a list:
+`--dry_run` writes the card and lists the files, and uploads nothing. `results.json` is what lmms-eval writes, or a
+list:
 
     [{"dataset_type": "lmms-lab/POPE", "dataset_name": "POPE", "metric_type": "accuracy", "metric_value": 0.875}]
 """
@@ -14,6 +15,7 @@ Publishes a checkpoint on the Hugging Face Hub, with a model card. Log in first,
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.utils import filter_repo_objects
@@ -34,22 +36,28 @@ def check_is_complete(folder: Path) -> None:
     """
     Checks that a VW-LMM can be loaded from this folder alone.
 
+    Args:
+        folder (`Path`): Folder of a checkpoint.
+
     Raises:
         FileNotFoundError: Naming what is missing: config, weights, processor, tokenizer, or custom code.
         ValueError: If the checkpoint is of another architecture, names no custom code, or has two sets of weights.
     """
     config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
     if config.get("model_type", VWLMMConfig.model_type) != VWLMMConfig.model_type:
-        raise ValueError(f"{folder} has the model type {config['model_type']!r}; expected {VWLMMConfig.model_type!r}.")
+        raise ValueError(
+            f"{folder} has the model type {config['model_type']!r}; expected {VWLMMConfig.model_type!r}. "
+            "Pass the folder of a VW-LMM."
+        )
     expected = ["config.json", "processor_config.json", "tokenizer_config.json", "tokenizer.json"]
     index = folder / "model.safetensors.index.json"
     if index.is_file() and (folder / "model.safetensors").is_file():
         raise ValueError(
-            f"{folder} has both model.safetensors and {index.name}. Transformers loads model.safetensors alone; remove "
-            "what is not of this checkpoint."
+            f"{folder} has both model.safetensors and {index.name}. Transformers loads model.safetensors alone; "
+            "remove what is not of this checkpoint."
         )
     expected += set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else ["model.safetensors"]
-    for name in expected:  # which grows: code files import others
+    for name in expected:  # the list grows meanwhile, as code files import others
         file = folder / name
         if name in ("config.json", "processor_config.json") and file.is_file():
             auto_map = json.loads(file.read_text()).get("auto_map")
@@ -70,8 +78,19 @@ def check_is_complete(folder: Path) -> None:
         )
 
 
-def write_model_card(folder: Path, repo_id: str, metrics: list[str], **metadata) -> ModelCard:
-    """Writes the card of the checkpoint in `folder`, on top of the card that it may have already."""
+def write_model_card(folder: Path, repo_id: str, metrics: list[str], **metadata: Any) -> ModelCard:
+    """
+    Writes the card of the checkpoint in `folder`, on top of the card that it may have already.
+
+    Args:
+        folder (`Path`): Folder of the checkpoint.
+        repo_id (`str`): Its repository on the Hub, `owner/name`.
+        metrics (`list[str]`): JSON files of results.
+        metadata: Fields of the card, as [`make_model_card`] takes them.
+
+    Returns:
+        `ModelCard`
+    """
     file = folder / "README.md"
     card = make_model_card(
         VWLMMConfig.from_pretrained(folder),
@@ -91,6 +110,7 @@ def list_files(folder: Path) -> list[str]:
 
 
 def main(args: list[str] | None = None) -> None:
+    """Checks, describes and uploads the checkpoint that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder of a VW-LMM checkpoint")
     parser.add_argument("repo_id", help="repository on the Hub, 'owner/name'; made if it does not exist")

@@ -1,4 +1,5 @@
-"""The small world: a seeded generator of images, captions and questions that stands in for LLaVA's data.
+"""
+The small world: a seeded generator of images, captions and questions that stands in for LLaVA's data.
 
     python examples/small_world.py runs/data
 
@@ -49,7 +50,14 @@ BORDER = -2  # some pixels of an object, but less than half: neither object nor 
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape of a scene; `left`, `top` and `side` are its bounding box in pixels."""
+    """
+    One shape of a scene.
+
+    Args:
+        colour, shape, size, place (`str`): Its attributes, as `COLOURS`, `SHAPES`, `SIZES` and `PLACES` name them.
+        rgb (`tuple[int, int, int]`): The exact colour, 0 to 255.
+        left, top, side (`int`): The bounding box, in pixels.
+    """
 
     colour: str
     shape: str
@@ -85,7 +93,7 @@ class Thing:
 
 
 def random_thing(rng: random.Random, colour: str, shape: str, size: str, place: str) -> Thing:
-    """A thing with the given attributes, somewhere in its quadrant."""
+    """A thing with these attributes, somewhere in its quadrant."""
     corner_x, corner_y = PLACES[place]
     rgb = tuple(min(255, max(0, channel + rng.randint(-15, 15))) for channel in COLOURS[colour])
     while True:
@@ -93,29 +101,35 @@ def random_thing(rng: random.Random, colour: str, shape: str, size: str, place: 
         room = IMAGE_SIZE // 2 - 1 - side  # one pixel stays free on each side of the quadrant
         left, top = corner_x + rng.randint(1, room), corner_y + rng.randint(1, room)
         thing = Thing(colour, shape, size, place, rgb, left, top, side)
-        # Three patches are what colour, shape and size need to be said once each in a scene in words.
+        # A scene in words says colour, shape and size at least once each, in a patch each.
         if thing.object_patches().sum() >= len(thing.words):
             return thing
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture: things in raster order of their quadrants, no two alike in both colour and shape.
+    """
+    One picture: things in raster order of their quadrants, no two alike in both colour and shape.
 
     Answers say where before they say what: a decoder that has named a place knows where to look for the rest.
+
+    Args:
+        grey (`int`): Brightness of the background, 0 to 255.
+        things (`tuple[Thing, ...]`): One to four shapes.
     """
 
     grey: int
     things: tuple[Thing, ...]
 
     def image(self) -> Image.Image:
+        """The picture, 64x64 pixels in RGB."""
         pixels = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), self.grey, dtype=np.uint8)
         for thing in self.things:
             pixels[thing.mask()] = thing.rgb
         return Image.fromarray(pixels)
 
     def caption(self) -> str:
-        """All there is to say."""
+        """A caption that names every thing with its place, size, colour and shape."""
         return ", ".join(f"at the {thing.place} a {thing.size} {thing.colour} {thing.shape}" for thing in self.things)
 
     def patch_objects(self) -> np.ndarray:
@@ -133,11 +147,18 @@ class Scene:
         return [names[patch] for patch in self.patch_objects()]
 
     def in_words(self, rng: random.Random) -> list[str]:
-        """The scene in words, one a patch: a random attribute of the thing that the patch shows, or the background word.
+        """
+        The scene in words, one a patch: a random attribute of the thing that the patch shows, or the background word.
 
-        An eighth of a patch is enough to show a thing: so its words begin at its rim, and what a patch in its middle says
-        can be foreseen. Each attribute of a thing is said at least once, so that the words answer whatever the picture
-        answers.
+        An eighth of a patch is enough to show a thing: so its words begin at its rim, and the words before a patch in
+        its middle tell what this one may say. Each attribute of a thing is said at least once, so that the words
+        answer whatever the picture answers.
+
+        Args:
+            rng (`random.Random`): Draws the attributes.
+
+        Returns:
+            `list[str]`, a word for each of the 64 patches in raster order.
         """
         words = [BACKGROUND_WORD] * PATCHES_PER_SIDE**2
         for thing in self.things:
@@ -165,22 +186,22 @@ class Scene:
         """The thing as an answer takes it up: by the question's name, and by its place."""
         return f"the {name.split(' at ')[0]} at the {thing.place}"
 
-    def _ask_colour(self, rng):
+    def _ask_colour(self, rng: random.Random) -> tuple[str, str]:
         thing = rng.choice(self.things)
         name = rng.choice([f"shape at the {thing.place}", *self.names(thing, "size", "shape")])
         return f"What colour is the {name}?", f"{self._found(name, thing)} is {thing.colour}"
 
-    def _ask_shape(self, rng):
+    def _ask_shape(self, rng: random.Random) -> tuple[str, str]:
         thing = rng.choice(self.things)
         name = rng.choice([f"shape at the {thing.place}", *self.names(thing, "size", "colour")])
         return f"What is the {name}?", f"{self._found(name, thing)} is a {thing.shape}"
 
-    def _ask_count(self, rng):
+    def _ask_count(self, rng: random.Random) -> tuple[str, str]:
         thing = rng.choice(self.things)
         attribute, value, plural = rng.choice(
             [
                 (None, None, "shapes"),
-                # Now and then something that is not in the picture, so that "zero" is an answer, too.
+                # Sometimes what is not in the picture, so that "zero" is an answer, too.
                 ("colour", colour := rng.choice([thing.colour, rng.choice(list(COLOURS))]), f"{colour} shapes"),
                 ("shape", shape := rng.choice([thing.shape, rng.choice(SHAPES)]), f"{shape}s"),
             ]
@@ -188,7 +209,7 @@ class Scene:
         count = sum(attribute is None or getattr(other, attribute) == value for other in self.things)
         return f"How many {plural} are there?", NUMBERS[count]
 
-    def _ask_exists(self, rng):
+    def _ask_exists(self, rng: random.Random) -> tuple[str, str]:
         thing = rng.choice(self.things)
         if rng.random() < 0.5:
             return f"Is there a {thing.colour} {thing.shape}?", f"yes, at the {thing.place}"
@@ -198,11 +219,11 @@ class Scene:
         colour, shape = rng.choice([pair for pair in near if pair not in present])
         return f"Is there a {colour} {shape}?", "no"
 
-    def _ask_where(self, rng):
+    def _ask_where(self, rng: random.Random) -> tuple[str, str]:
         thing = rng.choice(self.things)
         return f"Where is the {rng.choice(self.names(thing, 'colour', 'shape'))}?", f"at the {thing.place}"
 
-    def _ask_describe(self, rng):
+    def _ask_describe(self, rng: random.Random) -> tuple[str, str]:
         return "Describe the image.", self.caption()
 
     def conversation(self, rng: random.Random) -> list[tuple[str, str]]:
@@ -211,6 +232,7 @@ class Scene:
 
 
 def random_scene(rng: random.Random) -> Scene:
+    """A scene of one to four things."""
     count = rng.choices((1, 2, 3, 4), weights=(3, 3, 2, 2))[0]
     places = sorted(rng.sample(list(PLACES), count), key=list(PLACES).index)
     looks = rng.sample([(colour, shape) for colour in COLOURS for shape in SHAPES], count)
@@ -229,15 +251,19 @@ def write_llava_dataset(
     text_only_share: float = 0.03,
     seed: int = 0,
 ) -> None:
-    """Write `captions.json`, `instructions.json`, `held_out.json` and `images/*.png` into `folder`.
+    """
+    Writes `captions.json`, `instructions.json`, `held_out.json` and `images/*.png` into `folder`.
 
     Image paths in the records are relative to `folder / "images"`. No training image is among the held-out ones.
 
     Args:
-        num_captions: images with one caption each, for stages I and III.
-        num_conversations: conversations of four to six questions, for stages II and IV.
-        num_held_out: images with one question each, the kinds in equal shares.
-        text_only_share: the part of the conversations that is about a scene in words and has no image.
+        folder (`str` or `Path`): Folder to write, which is made if it does not exist.
+        num_captions (`int`): Images with one caption each, for stages I and III.
+        num_conversations (`int`): Conversations of four to six questions, for stages II and IV.
+        num_held_out (`int`, *optional*, defaults to 500): Images with one question each, the kinds in equal shares.
+        text_only_share (`float`, *optional*, defaults to 0.03):
+            The share of the conversations that is about a scene in words and has no image.
+        seed (`int`, *optional*, defaults to 0): Seed of all that is drawn.
     """
     folder = Path(folder)
     images = folder / "images"
@@ -296,11 +322,16 @@ def write_llava_dataset(
 
 
 def read_held_out(folder: str | Path) -> list[dict]:
-    """The held-out questions, in the order they were written.
+    """
+    The held-out questions, in the order they were written.
 
-    Each has `id`, `image` (a path), `kind`, `question`, `answer`, and `patch_words`: 64 lists in raster order, with the
-    three attribute words of the patch's object, `["dark"]` for background, and nothing where an object covers less than
-    half of the patch.
+    Args:
+        folder (`str` or `Path`): The folder that `write_llava_dataset` has written.
+
+    Returns:
+        `list[dict]`, each with `id`, `image` (a path), `kind`, `question`, `answer`, and `patch_words`: 64 lists in
+        raster order, with the three attribute words of the patch's object, `["dark"]` for background, and nothing
+        where an object covers less than half of the patch.
     """
     records = json.loads((Path(folder) / "held_out.json").read_text())
     return [record | {"image": str(Path(folder) / "images" / record["image"])} for record in records]
@@ -320,7 +351,7 @@ def _write_json(path: Path, records: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument("folder", help="where captions.json, instructions.json, held_out.json and images/ go")
     parser.add_argument("--num-captions", type=int, default=2000)
     parser.add_argument("--num-conversations", type=int, default=4000)

@@ -38,6 +38,7 @@ class ScriptArguments:
 
 
 def main(args: list[str] | None = None) -> None:
+    """Trains the stage that the command line, or `args` in its place, describes."""
     parser = TrlParser((ScriptArguments, VWLMMTrainingArguments, ModelConfig))
     script_args, training_args, model_args = parser.parse_args_and_config(args)
     set_seed(training_args.seed)  # stage I draws adapter and VM head

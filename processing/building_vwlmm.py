@@ -3,14 +3,16 @@
 """The parts of a processor, made from those of a vision tower and an LLM."""
 
 import copy
+import os
 import re
 
-from tokenizers import AddedToken, Regex, normalizers
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoTokenizer,
     LlamaTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -30,8 +32,22 @@ else:
 IMAGE_TOKEN = "<image>"
 
 
-def load_image_processor(vision):
-    """The config of a vision tower, and LLaVA's image processor with the tower's size, crop, mean, std and resampling."""
+def load_image_processor(
+    vision: str | os.PathLike | PreTrainedModel,
+) -> tuple[PreTrainedConfig, LlavaImageProcessor]:
+    """
+    LLaVA's image processor with the size, crop, mean, std and resampling that a vision tower was trained with.
+
+    Args:
+        vision (`str`, `os.PathLike` or `PreTrainedModel`): The tower: name, path or module.
+
+    Returns:
+        `PreTrainedConfig` of the tower, and `LlavaImageProcessor`.
+
+    Raises:
+        ValueError: If the module does not say where its `preprocessor_config.json` is, or if its own image processor
+            makes images of another size than it takes.
+    """
     loaded = isinstance(vision, PreTrainedModel)
     source = vision.name_or_path if loaded else vision
     if not source:
@@ -49,7 +65,8 @@ def load_image_processor(vision):
     crop_size = settings["crop_size"] if crops else settings["size"]
     expected = {"height": config.image_size, "width": config.image_size}
     if min(crop_size.values()) < min(settings["size"].values()):
-        # A classifier's transform, and most often for smaller images. What is asked here may be about the edge.
+        # A classifier's processor: it keeps only the middle of an image, most often smaller than the tower takes it.
+        # What a question is about may be at the edge.
         settings["size"] = crop_size = expected
     if set(crop_size) == {"shortest_edge"}:  # of a square, that is the height and the width
         crop_size = {"height": crop_size["shortest_edge"], "width": crop_size["shortest_edge"]}
@@ -62,8 +79,19 @@ def load_image_processor(vision):
     return config, LlavaImageProcessor(**settings)
 
 
-def load_tokenizer(text):
-    """The LLM's tokenizer, tokenizing exactly as the original, with `<image>` as a special token and a pad token."""
+def load_tokenizer(text: str | os.PathLike | PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:
+    """
+    The LLM's tokenizer, tokenizing exactly as the original, with `<image>` as a special token and a pad token.
+
+    Args:
+        text (`str`, `os.PathLike` or `PreTrainedTokenizerBase`): The LLM: name or path, or its tokenizer.
+
+    Returns:
+        `PreTrainedTokenizerFast`, a new one: a tokenizer that was passed is not changed.
+
+    Raises:
+        ValueError: If it has no `tokenizers` backend, or no `eos_token`.
+    """
     if isinstance(text, PreTrainedTokenizerBase):
         tokenizer = text
     elif _is_sentencepiece_llama(text):
@@ -86,8 +114,8 @@ def load_tokenizer(text):
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     if isinstance(tokenizer, LlamaTokenizer) and str(getattr(tokenizer, "vocab_file", None)).endswith(".model"):
         _tokenize_like_sentencepiece(backend, tokenizer)
-    # Added tokens that are not normalized are found before the normalizer runs. The mark in a literal `<image>` hides it
-    # from that search; here it disappears, and what is left is tokenized as ordinary text.
+    # Added tokens that are not normalized are found before the normalizer runs. The mark in a literal `<image>` hides
+    # it from that search; here it disappears, and what is left is tokenized as ordinary text.
     remove_mark = normalizers.Replace(LITERAL_MARK, "")
     backend.normalizer = normalizers.Sequence([remove_mark] + ([backend.normalizer] if backend.normalizer else []))
     backend.add_special_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)])
@@ -103,25 +131,26 @@ def load_tokenizer(text):
     )
 
 
-def _is_sentencepiece_llama(source):
+def _is_sentencepiece_llama(source: str | os.PathLike) -> bool:
     names = {"LlamaTokenizer", "LlamaTokenizerFast"}
     return get_tokenizer_config(source).get("tokenizer_class") in names and bool(
         cached_file(source, "tokenizer.model", _raise_exceptions_for_missing_entries=False)
     )
 
 
-def _tokenize_like_sentencepiece(backend, tokenizer):
+def _tokenize_like_sentencepiece(backend: Tokenizer, tokenizer: LlamaTokenizer) -> None:
     """
     Gives a Llama backend the segmentation of the SentencePiece tokenizer with which the authors' code worked.
 
-    That code cuts a prompt at `<image>` and tokenizes each piece by itself, and SentencePiece puts a `▁` in front of what
-    it tokenizes. With `legacy=True` there is a `▁` behind other special tokens too, with `legacy=False` there is not.
+    That code cuts a prompt at `<image>` and tokenizes each piece by itself, and SentencePiece puts a `▁` in front of
+    what it tokenizes. With `legacy=True` there is a `▁` behind other special tokens too, with `legacy=False` there is
+    not.
     """
     backend.pre_tokenizer = None
     start = normalizers.Prepend("▁")
     if not tokenizer.legacy:
-        # A normalized token is found after the normalizer has run, so that what follows it is not a start any more. The
-        # token itself is normalized as well, hence the exception.
+        # A normalized token is found after the normalizer has run, so that what follows it is not a start any more.
+        # The token itself is normalized as well, hence the exception.
         backend.add_special_tokens([AddedToken(tokenizer.eos_token, normalized=True, special=True)])
         start = normalizers.Replace(Regex(rf"\A(?!{re.escape(tokenizer.eos_token)})"), "▁")
     backend.normalizer = normalizers.Sequence([start, normalizers.Replace(" ", "▁")])

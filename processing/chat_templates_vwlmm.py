@@ -7,24 +7,28 @@ Rules that all three share:
 
 - An image part of a user message becomes the placeholder `<image>`, with a newline behind it when more of the message
   follows.
-- The characters `<image>` inside a message are text. They are written with `LITERAL_MARK` after the `<`, so that neither
-  the processor nor the tokenizer takes them for a placeholder; the tokenizer's normalizer removes the mark again.
+- The characters `<image>` inside a message are text. They are written with `LITERAL_MARK` after the `<`, so that
+  neither the processor nor the tokenizer takes them for a placeholder; the tokenizer's normalizer removes the mark
+  again.
 - `{% generation %}` encloses what the model is trained to write: the answer and the token that closes it.
-- A template starts with the text itself. `VWLMMProcessor.from_vision_text_pretrained` puts `{{ bos_token }}` in front for
-  the tokenizers that open a sequence with one.
+- A template starts with the text itself. `VWLMMProcessor.get_chat_template` puts `{{ bos_token }}` in front for the
+  tokenizers that open a sequence with one.
 """
 
 # A Unicode noncharacter: reserved for use inside a program, so it never occurs in real text.
 LITERAL_MARK = "\ufdd0"
 
-# `turns` is set in two steps, for vLLM reads from the template whether messages are lists of parts or strings: it follows
-# `messages` through plain assignments and slices to the loop over a message's parts, but not through an inline `if`.
+# `turns` is set in two steps, because vLLM reads from the template whether messages are lists of parts or strings: it
+# follows `messages` through plain assignments and slices to the loop over a message's parts, but not through an inline
+# `if`.
 _CONTENT = r"""
 {%- macro content_of(message) -%}
     {%- if message['content'] is string -%}
         {{- message['content'] | replace('<image>', '<\ufdd0image>') -}}
     {%- elif not message['content'] -%}
-        {{- raise_exception("a message of role '" ~ message['role'] ~ "' has no content, expected text or a list of parts.") -}}
+        {{- raise_exception(
+            "a message of role '" ~ message['role'] ~ "' has no content, expected text or a list of parts."
+        ) -}}
     {%- else -%}
         {%- for part in message['content'] -%}
             {%- if part['type'] == 'text' -%}
@@ -32,7 +36,11 @@ _CONTENT = r"""
             {%- elif part['type'] == 'image' and message['role'] == 'user' -%}
                 {{- '<image>' if loop.last else '<image>\n' -}}
             {%- else -%}
-                {{- raise_exception("a message of role '" ~ message['role'] ~ "' has a part of type '" ~ part['type'] ~ "', expected 'text'" ~ (" or 'image'." if message['role'] == 'user' else ". Images belong in user messages.")) -}}
+                {{- raise_exception(
+                    "a message of role '" ~ message['role'] ~ "' has a part of type '" ~ part['type']
+                    ~ "', expected 'text'"
+                    ~ (" or 'image'." if message['role'] == 'user' else ". Images belong in user messages.")
+                ) -}}
             {%- endif -%}
         {%- endfor -%}
     {%- endif -%}
@@ -45,7 +53,11 @@ _CONTENT = r"""
 {%- for message in turns -%}
     {%- set expected = ['user', 'assistant'][loop.index0 % 2] -%}
     {%- if message['role'] != expected -%}
-        {{- raise_exception("messages[" ~ (loop.index0 + (1 if system else 0)) ~ "] has role '" ~ message['role'] ~ "', expected '" ~ expected ~ "': behind an optional 'system' message come 'user' and 'assistant' in turn.") -}}
+        {{- raise_exception(
+            "messages[" ~ (loop.index0 + (1 if system else 0)) ~ "] has role '" ~ message['role']
+            ~ "', expected '" ~ expected
+            ~ "': behind an optional 'system' message come 'user' and 'assistant' in turn."
+        ) -}}
     {%- endif -%}
 {%- endfor -%}
 """
@@ -54,7 +66,8 @@ _VICUNA_V1 = r"""
 {%- if system -%}
     {{- content_of(system) -}}
 {%- else -%}
-    {{- "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the user's questions." -}}
+    {{- "A chat between a curious user and an artificial intelligence assistant. " -}}
+    {{- "The assistant gives helpful, detailed, and polite answers to the user's questions." -}}
 {%- endif -%}
 {{- ' ' -}}
 {%- for message in turns -%}
@@ -72,11 +85,12 @@ _VICUNA_V1 = r"""
 {%- endif -%}
 """
 
-# The authors' format has no place for a system message; Mistral's own convention puts it in front of the first question.
+# The authors' format has no place for a system message; Mistral's own convention puts it before the first question.
 _MISTRAL = r"""
 {%- for message in turns -%}
     {%- if message['role'] == 'user' -%}
-        {{- '[INST] ' ~ (content_of(system) ~ '\n\n' if system and loop.first else '') ~ content_of(message) ~ ' [/INST]' -}}
+        {{- '[INST] ' ~ (content_of(system) ~ '\n\n' if system and loop.first else '') -}}
+        {{- content_of(message) ~ ' [/INST]' -}}
     {%- else -%}
         {%- generation -%}
             {{- content_of(message) ~ eos_token -}}
@@ -87,9 +101,14 @@ _MISTRAL = r"""
 
 _PLAIN = r"""
 {%- if system or turns | length > 2 -%}
-    {{- raise_exception("the 'plain' template of stage I holds one caption, a 'user' message with the image and an 'assistant' message with the caption; found " ~ messages | length ~ " messages. Use the 'vicuna_v1' or 'mistral' template for conversations.") -}}
+    {{- raise_exception(
+        "the 'plain' template of stage I holds one caption, a 'user' message with the image and an 'assistant' "
+        ~ "message with the caption; found " ~ messages | length ~ " messages. Use the 'vicuna_v1' or 'mistral' "
+        ~ "template for conversations."
+    ) -}}
 {%- endif -%}
-{%- set images = [] if turns[0]['content'] is string else turns[0]['content'] | selectattr('type', 'equalto', 'image') | list -%}
+{%- set content = [] if turns[0]['content'] is string else turns[0]['content'] -%}
+{%- set images = content | selectattr('type', 'equalto', 'image') | list -%}
 {%- if not images -%}
     {{- raise_exception("the 'plain' template of stage I needs an image in the 'user' message, found none.") -}}
 {%- endif -%}

@@ -5,9 +5,12 @@
 import hashlib
 import json
 import os
+import re
 import warnings
+from collections.abc import Mapping
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
 import pyarrow as pa
@@ -30,37 +33,53 @@ FEATURES = Features(
     }
 )
 # Part of the cache key: raise it whenever the same input gives different rows.
-CACHE_VERSION = 1
+CACHE_VERSION = 2
+# A token's id, written as a string. A word that looks like one could not be told from it.
+NUMBER = re.compile("-?[0-9]+")
 
 
-def load_llava_dataset(json_file, image_folder, on_bad_image="raise", num_threads=None):
+def load_llava_dataset(
+    json_file: str | os.PathLike,
+    image_folder: str | os.PathLike,
+    on_bad_image: str = "raise",
+    num_threads: int | None = None,
+) -> Dataset:
     """
-    Reads a dataset in LLaVA's format: a JSON list of records with `id`, `image` (a path relative to `image_folder`, a list
-    of them, or missing for a text-only sample) and `conversations`, a list of `{"from": "human" | "gpt", "value": str}`.
+    Reads a dataset in LLaVA's format: a JSON list of records.
+
+    A record has `id`, `image` (a path relative to `image_folder`, a list of them, or missing for a text-only sample),
+    `conversations`, a list of `{"from": "human" | "gpt", "value": str}`, and where there are hard visual words for the
+    objective `token_labels`, `image_labels`: for each image a list with one token for each of its image tokens, its id
+    or a word, and -100 for none.
 
     Everything is checked before the dataset is returned: each record's form, and each image by decoding it once. The
-    result is kept in the cache folder of `datasets` and memory-mapped, so that the next call, and every other process of a
-    training run, only reads it. It is made anew when the JSON file or an image (its size or time of change) has changed.
+    result is kept in the cache folder of `datasets` and memory-mapped, so that the next call, and every other process
+    of a training run, only reads it. It is made anew when the JSON file or an image (its size or time of change) has
+    changed.
 
-    As in LLaVA, the one `<image>` of a human turn moves to its front, and a conversation's leading gpt turn is dropped, as is a human turn at its end, on which there is nothing to learn.
-    Several in one turn stay where they are. In a gpt or system turn `<image>` is text.
+    As in LLaVA, the one `<image>` of a human turn moves to its front, and a conversation's leading gpt turn is
+    dropped, as is a human turn at its end, on which there is nothing to learn. Several `<image>` in one turn stay
+    where they are. In a gpt or system turn `<image>` is text.
 
     Args:
-        json_file (`str` or `os.PathLike`): the JSON file.
-        image_folder (`str` or `os.PathLike`): the folder that every image lies in.
+        json_file (`str` or `os.PathLike`): The JSON file.
+        image_folder (`str` or `os.PathLike`): The folder that every image lies in.
         on_bad_image (`str`, *optional*, defaults to `"raise"`):
-            For a missing, truncated or non-image file: `"raise"`, or `"skip"` to leave out the samples that use it, with
-            one warning that counts them.
-        num_threads (`int`, *optional*): threads that check the images; one per CPU core by default.
+            For a missing, truncated or non-image file: `"raise"`, or `"skip"` to leave out the samples that use it,
+            with one warning that counts them.
+        num_threads (`int`, *optional*): Threads that check the images; one per CPU core by default.
 
     Returns:
         `datasets.Dataset` with the columns `id` (a string), `messages` (`role` and `content`, a list of text and image
-        parts, as `VWLMMProcessor.apply_chat_template` takes them) and `images` (decoded when a row is used, with its EXIF
-        orientation applied; empty for a text-only sample).
+        parts, as `VWLMMProcessor.apply_chat_template` takes them) and `images` (decoded when a row is used, with its
+        EXIF orientation applied; empty for a text-only sample). If a record has `image_labels`, there is a column of
+        that name, `[images][N]`, `None` for records without: integers, or if there is a word in the file strings, and
+        the ids among them in digits.
 
     Raises:
-        `ValueError`: a malformed record (with its index and the field), a different number of `<image>` and of images (with
-        the sample's id), an image path that leaves `image_folder`, a bad image (with its path and the sample's id).
+        ValueError: If a record is malformed (with its index and the field), if its numbers of `<image>`, of images and
+            of lists of labels differ (with its id), if an image path leaves `image_folder`, or if an image is bad
+            (with its path and the sample's id).
     """
     if on_bad_image not in ("raise", "skip"):
         raise ValueError(f"`on_bad_image` is {on_bad_image!r}, expected 'raise' or 'skip'.")
@@ -86,15 +105,21 @@ def load_llava_dataset(json_file, image_folder, on_bad_image="raise", num_thread
     return dataset
 
 
-def _make(cache_file, json_file, image_folder, on_bad_image, num_threads):
+def _make(
+    cache_file: Path,
+    json_file: str | os.PathLike,
+    image_folder: Path,
+    on_bad_image: str,
+    num_threads: int | None,
+) -> None:
     rows = _read_records(json_file, image_folder)
+    features = _features(rows)
     first_use = {}  # path of an image -> id of the first sample with it
     for row in rows:
         for path in _paths(row):
             first_use.setdefault(path, row["id"])
-    states = {
-        path: _state(path) for path in first_use
-    }  # from before the check, so that no later change goes unnoticed
+    # From before the check, so that no later change goes unnoticed.
+    states = {path: _state(path) for path in first_use}
     bad_images = _find_bad_images(first_use, image_folder, on_bad_image, num_threads)
 
     kept = [row for row in rows if bad_images.keys().isdisjoint(_paths(row))]
@@ -106,10 +131,10 @@ def _make(cache_file, json_file, image_folder, on_bad_image, num_threads):
         "bad_images": bad_images,
         "skipped": len(rows) - len(kept),
     }
-    _write(cache_file, kept, notes)
+    _write(cache_file, kept, features, notes)
 
 
-def _read_records(json_file, image_folder):
+def _read_records(json_file: str | os.PathLike, image_folder: Path) -> list[dict[str, Any]]:
     """The rows of the dataset, with absolute image paths."""
     with open(json_file, "rb") as file:
         try:
@@ -125,7 +150,7 @@ def _read_records(json_file, image_folder):
     return records
 
 
-def _row(index, record, image_folder):
+def _row(index: int, record: Any, image_folder: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError(f"record {index}: found a value of type {type(record).__name__}, expected an object.")
     if isinstance(record.get("id"), bool) or not isinstance(record.get("id"), (str, int)):
@@ -139,25 +164,72 @@ def _row(index, record, image_folder):
         paths.append(os.path.normpath(os.path.join(image_folder, image)))
         if os.path.isabs(image) or not _lies_in(paths[-1], image_folder):
             raise ValueError(
-                f"record {index} (id {record['id']!r}): the image path {image!r} leaves the image folder {image_folder}, "
-                "expected a path relative to it. Correct the path, or pass a folder that contains all images."
+                f"record {index} (id {record['id']!r}): the image path {image!r} leaves the image folder "
+                f"{image_folder}, expected a path relative to it. Correct the path, or pass a folder that contains "
+                "all images."
             )
 
     messages = _messages(index, record.get("conversations"))
     markers = sum(part["type"] == "image" for message in messages for part in message["content"])
     if markers != len(images):
         raise ValueError(
-            f"record {index} (id {record['id']!r}): found {markers} '{IMAGE_MARKER}' in its human turns and {len(images)} "
-            "paths in 'image', expected as many of one as of the other. Add what is missing or remove the record."
+            f"record {index} (id {record['id']!r}): found {markers} '{IMAGE_MARKER}' in its human turns and "
+            f"{len(images)} paths in 'image', expected as many of one as of the other. Add what is missing or remove "
+            "the record."
         )
-    return {
+    row = {
         "id": str(record["id"]),
         "messages": messages,
         "images": [{"bytes": None, "path": path} for path in paths],
     }
+    if record.get("image_labels") is not None:
+        row["image_labels"] = _image_labels(index, record, len(images))
+    return row
 
 
-def _messages(index, conversations):
+def _image_labels(index: int, record: dict[str, Any], num_images: int) -> list[list[int | str]]:
+    labels = record["image_labels"]
+    if not isinstance(labels, list):
+        raise _malformed(index, "image_labels", labels, "a list with one list for each image, or no such field")
+    if len(labels) != num_images:
+        raise ValueError(
+            f"record {index} (id {record['id']!r}): found {len(labels)} lists in 'image_labels' and {num_images} "
+            "paths in 'image', expected one list for each image. Add what is missing or remove the field."
+        )
+    for number, image in enumerate(labels):
+        if not isinstance(image, list):
+            raise _malformed(index, f"image_labels[{number}]", image, "a list of token ids or words")
+        # Distinct labels are checked, for a large file has hundreds of millions. Types first: `True` is `1` in a set.
+        if set(map(type, image)) <= {int, str} and all(map(_is_label, set(image))):
+            continue
+        position = next(position for position, label in enumerate(image) if not _is_label(label))
+        field = f"image_labels[{number}][{position}]"
+        raise _malformed(index, field, image[position], "a token id as an integer, a word, or -100 for none")
+    return labels
+
+
+def _is_label(label: Any) -> bool:
+    if type(label) is int:
+        return label == -100 or 0 <= label < 2**31
+    return type(label) is str and label != "" and not NUMBER.fullmatch(label)
+
+
+def _features(rows: list[dict[str, Any]]) -> Features:
+    """
+    The columns of the dataset. `image_labels` is one of them if a record has it; its ids become strings if there are
+    words as well, for a column has one type.
+    """
+    labelled = [row for row in rows if "image_labels" in row]
+    if not labelled:
+        return FEATURES
+    has_words = any(str in map(type, image) for row in labelled for image in row["image_labels"])
+    if has_words:
+        for row in labelled:
+            row["image_labels"] = [[str(label) for label in image] for image in row["image_labels"]]
+    return Features({**FEATURES, "image_labels": List(List(Value("string" if has_words else "int32")))})
+
+
+def _messages(index: int, conversations: Any) -> list[dict[str, Any]]:
     if not isinstance(conversations, list) or not conversations:
         raise _malformed(index, "conversations", conversations, "a list of turns")
     for number, turn in enumerate(conversations):
@@ -193,7 +265,7 @@ def _messages(index, conversations):
     return messages
 
 
-def _human_content(value):
+def _human_content(value: str) -> list[dict[str, str | None]]:
     """Text and image parts that render as LLaVA's prompt; the chat template writes the newline behind an image."""
     if IMAGE_MARKER not in value:
         return [_text(value)]
@@ -208,16 +280,18 @@ def _human_content(value):
     return content
 
 
-def _text(text):
+def _text(text: str) -> dict[str, str | None]:
     return {"type": "text", "text": text}
 
 
-def _malformed(index, field, found, expected):
+def _malformed(index: int, field: str, found: Any, expected: str) -> ValueError:
     found = "missing" if found is None else repr(found) if len(repr(found)) < 80 else f"{repr(found)[:77]}..."
     return ValueError(f"record {index}: {field!r} is {found}, expected {expected}")
 
 
-def _find_bad_images(first_use, image_folder, on_bad_image, num_threads):
+def _find_bad_images(
+    first_use: Mapping[str, str], image_folder: Path, on_bad_image: str, num_threads: int | None
+) -> dict[str, str]:
     """Decodes every image once. Returns `{path: reason}` of the bad ones, in the order of the dataset."""
     bad_images = {}
     # Threads, because decoding releases the interpreter: a fork would come after the process group and CUDA are up.
@@ -228,8 +302,8 @@ def _find_bad_images(first_use, image_folder, on_bad_image, num_threads):
         for (path, _), (leaves_folder, problem) in zip(tasks, progress, strict=True):
             if leaves_folder:
                 raise ValueError(
-                    f"{path} (sample {first_use[path]!r}) is a link to {problem}, outside the image folder {image_folder}. "
-                    "Move the file into the folder, or pass a folder that contains all images."
+                    f"{path} (sample {first_use[path]!r}) is a link to {problem}, outside the image folder "
+                    f"{image_folder}. Move the file into the folder, or pass a folder that contains all images."
                 )
             if problem and on_bad_image == "raise":
                 raise ValueError(
@@ -241,7 +315,7 @@ def _find_bad_images(first_use, image_folder, on_bad_image, num_threads):
     return bad_images
 
 
-def _check_image(task):
+def _check_image(task: tuple[str, Path]) -> tuple[bool, str | None]:
     """Whether the path leads out of the folder, and what is wrong with the file, or `None`."""
     path, image_folder = task
     target = os.path.realpath(path)
@@ -258,7 +332,7 @@ def _check_image(task):
     return False, None
 
 
-def _cache_key(json_file, image_folder, on_bad_image):
+def _cache_key(json_file: str | os.PathLike, image_folder: Path, on_bad_image: str) -> str:
     digest = hashlib.sha256(repr((CACHE_VERSION, str(image_folder), on_bad_image)).encode())
     with open(json_file, "rb") as file:
         while block := file.read(1 << 20):
@@ -266,16 +340,16 @@ def _cache_key(json_file, image_folder, on_bad_image):
     return digest.hexdigest()[:32]
 
 
-def _lies_in(path, folder):
+def _lies_in(path: str, folder: Path) -> bool:
     return path.startswith(os.path.join(folder, ""))
 
 
-def _paths(row):
+def _paths(row: Mapping[str, Any]) -> list[str]:
     return [image["path"] for image in row["images"]]
 
 
-def _state(path):
-    """Changes when the file does."""
+def _state(path: str) -> tuple[int, int] | None:
+    """Size and time of change of a file, `None` if there is none."""
     try:
         status = os.stat(path)
     except OSError:
@@ -283,15 +357,15 @@ def _state(path):
     return status.st_size, status.st_mtime_ns
 
 
-def _digest(states):
+def _digest(states: Mapping[str, tuple[int, int] | None]) -> str:
     digest = hashlib.sha256()
     for item in sorted(states.items()):
         digest.update(repr(item).encode())
     return digest.hexdigest()
 
 
-def _write(cache_file, rows, notes):
-    schema = FEATURES.arrow_schema
+def _write(cache_file: Path, rows: list[dict[str, Any]], features: Features, notes: dict[str, Any]) -> None:
+    schema = features.arrow_schema
     schema = schema.with_metadata({**schema.metadata, "llava_format": json.dumps(notes)})
     unfinished = cache_file.with_suffix(".unfinished")
     with pa.OSFile(str(unfinished), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
@@ -300,12 +374,12 @@ def _write(cache_file, rows, notes):
     os.replace(unfinished, cache_file)
 
 
-def _notes(cache_file):
+def _notes(cache_file: Path) -> dict[str, Any]:
     with pa.memory_map(str(cache_file)) as file:
         return json.loads(pa.ipc.open_stream(file).schema.metadata[b"llava_format"])
 
 
-def _is_current(cache_file):
+def _is_current(cache_file: Path) -> bool:
     if not cache_file.exists():
         return False
     images = pc.list_flatten(Dataset.from_file(str(cache_file)).data.column("images"))

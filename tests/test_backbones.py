@@ -39,8 +39,8 @@ PAIRS = [
     ("siglip", "qwen3"),
     ("dinov2", "gemma"),
 ]
-# As they are published: CLIP's size and crop are the tower's, SigLIP does not crop, and DINOv2 comes with the transform
-# of a classifier, which makes smaller images than the tower was trained for.
+# As they are published: CLIP's size and crop are the tower's, SigLIP does not crop, and DINOv2 comes with the image
+# processor of a classifier, which makes smaller images than the tower was trained for.
 IMAGE_PROCESSORS = {
     "clip": {
         "image_processor_type": "CLIPImageProcessor",

@@ -211,7 +211,8 @@ class TestCompile:
 
     def test_decoding_step_is_one_graph(self, either_model, prompts):
         expected = generate(either_model, prompts)
-        # On a CPU, `generate` compiles only when told. Inductor would build the C++ of this one graph for half a minute.
+        # On a CPU, `generate` compiles only when told. Inductor would build the C++ of this one graph for half a
+        # minute.
         compile_config = CompileConfig(backend="aot_eager", mode=None, fullgraph=True)
         compile_config._compile_all_devices = True
         torch._dynamo.reset()

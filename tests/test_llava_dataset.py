@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from datasets import List, Value
 from PIL import Image
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
@@ -140,6 +141,61 @@ class TestRows:
             answers = [label for label in record["labels"] if label != -100]
             assert batch["labels"][row][batch["labels"][row] != -100].tolist() == answers
         assert batch["pixel_values"].shape == (2, 3, 28, 28)
+
+
+def labelled(*labels):
+    """The good records, of one image, none and two, with `image_labels`; `None` leaves the field out."""
+    return [
+        record if value is None else {**record, "image_labels": value}
+        for record, value in zip(GOOD, labels, strict=True)
+    ]
+
+
+class TestImageLabels:
+    @pytest.mark.parametrize(
+        "labels, stored, dtype",
+        [
+            ([[[5, -100, 0]], None, [[1], []]], [[[5, -100, 0]], None, [[1], []]], "int32"),
+            ([[["red", "dark"]], [], None], [[["red", "dark"]], [], None], "string"),
+            # One column has one type: a word anywhere in the file, and every id is written as a string.
+            ([[["red", -100]], None, [["circle"], [7]]], [[["red", "-100"]], None, [["circle"], ["7"]]], "string"),
+            ([[[5]], None, [["red"], [7]]], [[["5"]], None, [["red"], ["7"]]], "string"),
+            ([[[]], None, None], [[[]], None, None], "int32"),
+        ],
+        ids=["ids", "words", "both in a sample", "both in a file", "empty"],
+    )
+    def test_column(self, load, labels, stored, dtype):
+        for _ in ("made", "from the cache"):
+            dataset = load(labelled(*labels))
+            assert dataset["image_labels"][:] == stored
+            assert dataset.features["image_labels"] == List(List(Value(dtype)))
+
+    def test_type_is_that_of_the_file(self, load):
+        # The sample with the word is left out; the type of the others' labels does not depend on that.
+        records = labelled([[5]], None, None) + [{**changed(["image"], "missing.png"), "image_labels": [["red"]]}]
+        with pytest.warns(UserWarning, match="left out 1 of 4"):
+            assert load(records, on_bad_image="skip")[0]["image_labels"] == [["5"]]
+
+    @pytest.mark.parametrize(
+        "labels, error",
+        [
+            ([None, [[5]], None], r"record 1 \(id 2\): found 1 lists in 'image_labels' and 0 paths"),
+            ([None, None, [[5]]], r"record 2 \(id 'three'\): found 1 lists in 'image_labels' and 2 paths"),
+            ([[], None, None], r"record 0 \(id 'one'\): found 0 lists in 'image_labels' and 1 paths"),
+            (["red", None, None], "record 0: 'image_labels' is 'red', expected a list with one list for each image"),
+            ([[5], None, None], r"record 0: 'image_labels\[0\]' is 5, expected a list of token ids or words"),
+            ([["red"], None, None], r"record 0: 'image_labels\[0\]' is 'red', expected a list of token ids or words"),
+        ],
+    )
+    def test_number_of_lists(self, load, labels, error):
+        with pytest.raises(ValueError, match=error):
+            load(labelled(*labels))
+
+    # A word of digits would arrive as an id, and be learned as another token.
+    @pytest.mark.parametrize("label", [True, 1.0, -1, 2**31, "", "7", "-100", None, [5]])
+    def test_label(self, load, label):
+        with pytest.raises(ValueError, match=r"record 2: 'image_labels\[1\]\[1\]' is .*, expected a token id as an"):
+            load(labelled(None, None, [[5, "red"], [5, label]]))
 
 
 def changed(path, value):

@@ -1,5 +1,6 @@
 # Copyright 2026 The VW-LMM authors.
 # SPDX-License-Identifier: Apache-2.0
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import (
     CLIPVisionModel,
     LlamaTokenizer,
     PreTrainedTokenizerFast,
+    ProcessorMixin,
     SiglipVisionConfig,
 )
 from transformers.utils import is_torchvision_available
@@ -151,8 +153,8 @@ class TestAuthorsValues:
             assert prompt == f"<s>{greedy['prompt']}"
 
     def test_later_turn_with_legacy_false(self, tmp_path):
-        # Vicuna's published tokenizers set the flag. The reference cuts the prompt at `<image>` as the authors' code does,
-        # and tokenizes each piece as the slow tokenizer of Transformers 4 does.
+        # Vicuna's published tokenizers set the flag. The reference cuts the prompt at `<image>` as the authors' code
+        # does, and tokenizes each piece as the slow tokenizer of Transformers 4 does.
         folder = tmp_path / "llm"
         shutil.copytree(GOLDEN / "vicuna", folder, ignore=shutil.ignore_patterns("*.safetensors", "clip*"))
         settings = json.loads((folder / "tokenizer_config.json").read_text())
@@ -203,7 +205,8 @@ class TestTemplates:
     def test_images_keep_their_place(self, processor):
         messages = [user("First", image(), "second", image(), image()), assistant("Ok."), user(image(), "Third?")]
         assert processor.apply_chat_template(messages, add_generation_prompt=True) == (
-            f"<s>{SYSTEM} USER: First<image>\nsecond<image>\n<image> ASSISTANT: Ok.</s>USER: <image>\nThird? ASSISTANT:"
+            f"<s>{SYSTEM} USER: First<image>\nsecond<image>\n<image> ASSISTANT: Ok.</s>"
+            "USER: <image>\nThird? ASSISTANT:"
         )
 
     def test_content_as_string(self, processor):
@@ -295,10 +298,32 @@ class TestLiteralPlaceholder:
         )
         ids, mask = out["input_ids"][0], out["assistant_masks"][0]
         assert ids.count(processor.image_token_id) == PATCHES
-        expected = f"{SYSTEM} USER: \nIs <image> a tag? ASSISTANT: <image> is one.<|im_end|>USER: <image> ASSISTANT: Yes.<|im_end|>"
+        expected = (
+            f"{SYSTEM} USER: \nIs <image> a tag? ASSISTANT: <image> is one.<|im_end|>"
+            "USER: <image> ASSISTANT: Yes.<|im_end|>"
+        )
         assert processor.decode([i for i in ids if i != processor.image_token_id]) == expected
         answers = processor.decode([i for i, is_answer in zip(ids, mask, strict=True) if is_answer])
         assert answers == " <image> is one.<|im_end|> Yes.<|im_end|>"
+
+    @pytest.mark.skipif(
+        "sanitize_control_tokens" not in inspect.signature(ProcessorMixin.apply_chat_template).parameters,
+        reason="this Transformers does not tell typed control tokens from the template's",
+    )
+    def test_sanitized_in_a_template_that_does_not_mark_it(self, tmp_path):
+        # As in the templates that LLaVA's checkpoints come with: no image token is missing, so nothing is to report.
+        processor = make_processor(tmp_path)
+        processor.chat_template = (
+            "{{- bos_token -}}{%- for message in messages -%}{%- for part in message['content'] -%}"
+            "{{- '<image>' if part['type'] == 'image' else part['text'] -}}"
+            "{%- endfor -%}{%- endfor -%}"
+        )
+        out = processor.apply_chat_template(
+            [user(image(), "Is <image> a tag?")], tokenize=True, return_dict=True, sanitize_control_tokens=True
+        )
+        ids = out["input_ids"][0]
+        assert ids.count(IMAGE_ID) == PATCHES
+        assert processor.decode([i for i in ids if i != IMAGE_ID]).endswith("Is <image> a tag?")
 
     def test_raw_prompt_has_placeholders(self, processor):
         assert processor(text="<image>", images=image())["input_ids"][0].count(IMAGE_ID) == PATCHES

@@ -17,6 +17,7 @@ from processing_vwlmm import VWLMMProcessor
 
 
 def textvqa_prompt(doc: dict) -> str:
+    """The question, with the words that an OCR system has read in the image."""
     ocr_tokens = ", ".join(doc["ocr_tokens"])
     return (
         f"{doc['question'].capitalize()}\nReference OCR token: {ocr_tokens}\n"
@@ -25,7 +26,9 @@ def textvqa_prompt(doc: dict) -> str:
 
 
 def mmbench_prompt(doc: dict, instruction: str) -> str:
-    def is_given(name):
+    """The question with its hint and its options, as far as the record has them, and what to answer with."""
+
+    def is_given(name: str) -> bool:
         return str(doc.get(name)).lower() not in ("", "nan", "none")
 
     hint = [doc["hint"]] if is_given("hint") else []
@@ -38,8 +41,8 @@ mmbench_en_prompt = partial(
 )
 mmbench_cn_prompt = partial(mmbench_prompt, instruction="请直接回答选项字母。")
 
-# For the tasks whose own prompt is not the one that LLaVA-1.5 was evaluated with. lmms-eval takes models and tasks from
-# other packages, but no other prompt for a task of its own.
+# For the tasks whose own prompt is not the one that LLaVA-1.5 was evaluated with. lmms-eval takes models and tasks
+# from other packages, but no other prompt for a task of its own.
 LLAVA_PROMPTS = {
     **dict.fromkeys(("textvqa_val", "textvqa_val_lite", "textvqa_test"), textvqa_prompt),
     **dict.fromkeys(
@@ -52,11 +55,12 @@ LLAVA_PROMPTS = {
 
 class VWLMM(lmms):
     """
-    Answers the questions of lmms-eval's generation tasks, in batches padded on the left.
+    Answers the questions of lmms-eval's generation tasks, in batches padded on the left. Arguments are given as
+    `--model_args name=value,name=value`.
 
-    Args, each one `--model_args name=value`:
+    Args:
         pretrained (`str`): Folder or Hub name of a checkpoint.
-        batch_size (`int`, *optional*, defaults to 1): Questions a batch.
+        batch_size (`int` or `str`, *optional*, defaults to 1): Questions a batch.
         device (`str`, *optional*): By default the GPU of this process, or the CPU where there is none.
         device_map (`str`, *optional*): `auto` to spread one model over all GPUs, in a single process.
         dtype (`str`, *optional*, defaults to `"auto"`): Of the weights, by default as they were saved.
@@ -84,10 +88,11 @@ class VWLMM(lmms):
         self.processor = VWLMMProcessor.from_pretrained(pretrained)
         self.device = self.model.device
         self.batch_size = int(batch_size)
+        # lmms-eval reads them by its properties `rank` and `world_size`, which cannot be set.
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
 
     def ask(self, request: Instance) -> list[dict]:
-        """The messages of a request, and its logged prompt set to theirs."""
+        """The messages of a request. The text of the last one becomes the prompt that lmms-eval logs."""
         _, doc_to_messages, *rest, doc_id, task, split = request.args
         doc = self.task_dict[task][split][doc_id]
         messages = doc_to_messages(doc)
@@ -100,13 +105,19 @@ class VWLMM(lmms):
     @torch.inference_mode()
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """
-        Answers, in the order of the requests.
+        Answers the requests, batch by batch.
 
         A task's `generation_kwargs` go to `generate`. Decoding is greedy without `do_sample`, whatever `temperature`
         says: MM-Vet's task sets it, and turns `do_sample` off.
+
+        Args:
+            requests (`list[Instance]`): Requests of type `generate_until`.
+
+        Returns:
+            `list[str]`, the answers in the order of the requests.
         """
-        # Batches have one set of generation arguments each. The longest prompts come first: they show at once if memory
-        # is short.
+        # All requests of a batch have the same generation arguments. The longest prompts come first: they show at once
+        # if memory is short.
         queue = Collator(requests, lambda r: -len(r.args[0]), group_fn=lambda r: r.args[2], grouping=True)
         answers = []
         with tqdm(total=len(requests), desc="Answering", unit="question", disable=self.rank != 0) as progress:
@@ -128,7 +139,7 @@ class VWLMM(lmms):
                 )
                 for text in texts:
                     for stop in [until] if isinstance(until, str) else until:
-                        # lmms-eval puts this one wherever a task names none. It would cut answers of several paragraphs.
+                        # lmms-eval's own where a task names none. It would cut answers of several paragraphs.
                         if stop != "\n\n":
                             text = text.split(stop)[0]
                     answers.append(text.strip())
@@ -136,7 +147,9 @@ class VWLMM(lmms):
         return queue.get_original(answers)
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        """Not supported: raises `NotImplementedError`."""
         raise NotImplementedError("This adapter has no multi-round generation. Use tasks of type `generate_until`.")
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Not supported: raises `NotImplementedError`."""
         raise NotImplementedError("This adapter scores no continuations. Use tasks of type `generate_until`.")

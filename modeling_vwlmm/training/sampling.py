@@ -12,6 +12,8 @@ from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from ..objectives_vwlmm import OBJECTIVES
+
 
 # A rough average for English, good enough to put like beside like.
 BYTES_PER_TOKEN = 4
@@ -68,7 +70,7 @@ def estimate_lengths(dataset: Dataset, image_seq_length: int) -> tuple[np.ndarra
     About how many tokens each sample has, without reading an image or running the tokenizer.
 
     Args:
-        dataset (`datasets.Dataset`): A column `images`, and text in any other columns.
+        dataset (`datasets.Dataset`): A column `images`, those that objectives read, and text in any other.
         image_seq_length (`int`): Tokens of one image.
 
     Returns:
@@ -76,10 +78,11 @@ def estimate_lengths(dataset: Dataset, image_seq_length: int) -> tuple[np.ndarra
     """
     table = dataset.with_format("arrow")[:]
     num_images = pc.fill_null(pc.list_value_length(table["images"]), 0).to_numpy()
+    not_text = {"images", *(column for objective in OBJECTIVES.values() for column in objective.columns)}
     num_bytes = sum(
         np.concatenate([_num_bytes(chunk) for chunk in table[name].chunks])
         for name in table.column_names
-        if name != "images"
+        if name not in not_text
     )
     return num_bytes // BYTES_PER_TOKEN + num_images * image_seq_length, num_images > 0
 

@@ -67,9 +67,9 @@ CONVERSATIONS = {
 
 def widen_heads(config: dict, weights: dict[str, torch.Tensor]) -> None:
     """
-    Pads the attention heads with zeros to the smallest size that vLLM's CPU attention has a kernel for, 32 instead of 12.
-    What the model computes stays the same: the scale `1 / sqrt(head_dim)` goes into the queries, and the rotary base is
-    chosen for the old frequencies.
+    Pads the attention heads with zeros to the smallest size that vLLM's CPU attention has a kernel for, 32 instead of
+    12. What the model computes stays the same: the scale `1 / sqrt(head_dim)` goes into the queries, and the rotary
+    base is chosen for the old frequencies.
     """
     heads, head_dim, width = config["num_attention_heads"], config["head_dim"], config["hidden_size"]
     zeros = HEAD_DIM // 2 - head_dim // 2  # rotary embeddings pair the two halves of a head, so each is padded
@@ -110,8 +110,8 @@ def save_variant(source: str, folder: Path, num_new_tokens: int = 0, **fields) -
 
 @pytest.fixture(
     scope="session",
-    # vLLM pads the embedding matrix to a multiple of 64 rows. The placeholder is one of the rows added, or past them all,
-    # as it is behind Vicuna's 32,000 tokens, or an ordinary row, as in LLaVA's checkpoints.
+    # vLLM pads the embedding matrix to a multiple of 64 rows. The placeholder is one of the rows added, or past them
+    # all, as it is behind Vicuna's 32,000 tokens, or an ordinary row, as in LLaVA's checkpoints.
     params=["vicuna", "pif", "placeholder_past_all_rows", "placeholder_in_vocabulary_pif"],
 )
 def folder(request, wide_vicuna, vicuna, pif, tmp_path_factory) -> Path:
@@ -200,7 +200,7 @@ class TestSameAnswersAsTransformers:
 
 @pytest.fixture(scope="module")
 def server(wide_vicuna, tmp_path_factory):
-    """Address of a `vllm serve` process, and the folder where it keeps the code that it has loaded from checkpoints."""
+    """Address of a `vllm serve` process, and the folder where it keeps the code of checkpoints that it has loaded."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

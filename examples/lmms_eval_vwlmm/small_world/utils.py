@@ -8,4 +8,5 @@ from PIL import Image
 
 
 def doc_to_visual(doc: dict, lmms_eval_specific_kwargs: dict) -> list[Image.Image]:
+    """The image of a question, from the folder that the task's `lmms_eval_specific_kwargs` name."""
     return [Image.open(Path(lmms_eval_specific_kwargs["image_folder"]) / doc["image"])]
