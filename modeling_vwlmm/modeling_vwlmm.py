@@ -42,8 +42,8 @@ from .objectives_vwlmm import (
 from .outputs_vwlmm import VWLMMCausalLMOutputWithPast, VWLMMImageFeaturesOutput, summarise
 from .placeholders_vwlmm import (
     check_no_placeholder,
-    find_placeholders,
     look_placeholders_up_as_first_token,
+    place_image_features,
     propose_without_images,
     replace_placeholders,
 )
@@ -173,11 +173,12 @@ class VWLMMModel(FrozenVisionTower, WithVisualWords, LlavaModel):
         vision_feature_select_strategy: str | None = None,
         image_sizes: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        num_image_tokens: int | None = None,
+        image_positions: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | LlavaModelOutputWithPast:
         """
-        Runs the decoder over text and images. Arguments are those of [`VWLMMForConditionalGeneration.forward`].
+        Runs the decoder over text and images. Arguments are those of [`VWLMMForConditionalGeneration.forward`], and
+        `image_positions`, where the image tokens are, `[I * N]`, for who has found them.
 
         Returns:
             `LlavaModelOutputWithPast`, or a tuple with `return_dict=False`.
@@ -195,14 +196,13 @@ class VWLMMModel(FrozenVisionTower, WithVisualWords, LlavaModel):
         if inputs_embeds is None:
             # Any token can stand in for a placeholder without an embedding: image features take its place.
             inputs_embeds = embed(replace_placeholders(input_ids, self.config, token_id=0))  # [B, L, D]
-        if images is not None:
-            read = torch.cat(images.pooler_output).to(inputs_embeds.device, inputs_embeds.dtype)  # [I * N, D]
-            is_image = find_placeholders(
-                input_ids, inputs_embeds, embed, self.config, len(read), num_image_tokens
-            )  # [B, L]
-            inputs_embeds = inputs_embeds.masked_scatter(is_image.unsqueeze(-1), read)
+        if images is None:
+            check_no_placeholder(input_ids, self.config, image_positions)
         else:
-            check_no_placeholder(input_ids, self.config, num_image_tokens)
+            read = torch.cat(images.pooler_output).to(inputs_embeds.device, inputs_embeds.dtype)  # [I * N, D]
+            inputs_embeds = place_image_features(
+                inputs_embeds, read, input_ids, embed, self.config, image_positions
+            )  # [B, L, D]
 
         outputs = self.language_model(
             attention_mask=attention_mask,
@@ -340,9 +340,9 @@ class VWLMMForConditionalGeneration(FrozenVisionTower, WithVisualWords, LlavaFor
         images = self.model.encode_images(
             pixel_values, mm_encoder_outputs, vision_feature_layer, vision_feature_select_strategy, image_sizes
         )
-        num_image_tokens = None if supervised_positions is None else supervised_positions["num_image_tokens"]
+        image_positions = None if supervised_positions is None else supervised_positions["image_tokens"]
         if objectives and images is None:
-            check_no_placeholder(input_ids, self.config, num_image_tokens, is_learned=True)
+            check_no_placeholder(input_ids, self.config, image_positions, is_learned=True)
             images = None if self.encode_no_images is None else self.encode_no_images(self.model)
         options = {**kwargs, "output_hidden_states": True} if reads_layers(objectives) else kwargs
         with torch.set_grad_enabled(torch.is_grad_enabled() and teaches_decoder(objectives)):
@@ -353,7 +353,7 @@ class VWLMMForConditionalGeneration(FrozenVisionTower, WithVisualWords, LlavaFor
                 past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
                 mm_encoder_outputs=None if images is None else {"image": images},
-                num_image_tokens=num_image_tokens,
+                image_positions=image_positions,
                 **options,
             )
         hidden_states = outputs.last_hidden_state  # [B, L, D]

@@ -14,6 +14,7 @@ supervises, `D` hidden size of the decoder, `W` width of the tower's patch featu
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, TypedDict
@@ -107,7 +108,7 @@ class ObjectiveInputs:
         """The positions that an objective supervises, counted through the rows of the batch (`n + L * row`), `[K]`."""
         if self.supervised_positions is not None:
             return self.supervised_positions["by_objective"][objective.name]
-        return objective.positions(self.batch, self.model.config.image_token_id).flatten().nonzero().squeeze(1)
+        return _where(objective.positions(self.batch, self.model.config.image_token_id))
 
     def hidden_before(self, positions: torch.Tensor) -> torch.Tensor:
         """`h_{n-1}`, from which the decoder predicts position `n`: `[K, D]`."""
@@ -115,8 +116,7 @@ class ObjectiveInputs:
 
     def at_image_tokens(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Of what there is one row of for each image token, `[I * N, ...]`, the rows of `positions`: `[K, ...]`."""
-        is_image = (self.batch["input_ids"] == self.model.config.image_token_id).flatten()  # [B * L]
-        indices = (is_image.cumsum(0) - 1)[positions.to(is_image.device)]  # [K]
+        indices = torch.searchsorted(self.supervised_positions["image_tokens"], positions)  # [K]
         return rows[indices.to(rows.device)].to(self.hidden_states.device)
 
     def image_features_at(self, positions: torch.Tensor) -> torch.Tensor:
@@ -266,7 +266,8 @@ class VMHeadObjective(VisualWords):
 class TokenLabels(VisualWords):
     """
     Cross-entropy with one given token for each image position, its hard visual word: the column `image_labels`,
-    `[images][N]` tokens of a sample (ids or words), -100 where none is given.
+    `[images][N]` tokens of a sample (ids or words; digits are an id), and -100 or None where none is given, or None
+    for a whole sample.
     """
 
     name = "token_labels"
@@ -274,7 +275,13 @@ class TokenLabels(VisualWords):
 
     def positions(self, batch: Mapping[str, Any], image_token_id: int) -> torch.Tensor:
         is_image = batch["input_ids"] == image_token_id  # [B, L]
-        has_label = torch.zeros_like(is_image).masked_scatter(is_image, batch["image_labels"].flatten() != -100)
+        labels = batch["image_labels"].flatten()  # [I * N]
+        if len(labels) != is_image.sum():
+            raise ValueError(
+                f"Found {len(labels)} `image_labels` for {int(is_image.sum())} image tokens; expected one for each, "
+                "`[images, tokens of an image]`, and -100 where none is given."
+            )
+        has_label = torch.zeros_like(is_image).masked_scatter(is_image, labels != -100)
         return super().positions(batch, image_token_id) & has_label
 
     def predict(self, inputs: ObjectiveInputs) -> HeadRows:
@@ -285,46 +292,50 @@ class TokenLabels(VisualWords):
     def collate(
         self, examples: list[dict[str, Any]], processor: Any, image_seq_length: int
     ) -> dict[str, torch.Tensor]:
-        rows = [
-            self._read(image, example, image_seq_length, processor)
-            for example in examples
-            for image in _labels(example)
-        ]
+        rows = []
+        for example in examples:
+            labels, num_images = example.get("image_labels"), len(example.get("images") or [])
+            if labels is None:  # of a sample without, among others
+                labels = [[-100] * image_seq_length] * num_images
+            if len(labels) != num_images:
+                raise ValueError(
+                    f"There are `image_labels` for {len(labels)} images, and {num_images} images; expected one list "
+                    "for each image."
+                )
+            rows += [self._read(image, image_seq_length, processor) for image in labels]
         return {"image_labels": torch.tensor(rows, dtype=torch.long).reshape(-1, image_seq_length)}  # [I, N]
 
     @staticmethod
-    def _read(image: Sequence[int | str], example: dict[str, Any], num_tokens: int, processor: Any) -> list[int]:
-        name = f"Sample {example.get('id')!r}"
+    def _read(image: Sequence[int | str | None], num_tokens: int, processor: Any) -> list[int]:
         if len(image) != num_tokens:
             raise ValueError(
-                f"{name}: an image has {len(image)} `image_labels`; expected {num_tokens}, one for each of its "
-                "tokens, and -100 where none is given."
+                f"An image has {len(image)} `image_labels`; expected {num_tokens}, one for each of its tokens, and "
+                "-100 or None where none is given."
             )
-        vocabulary, ids = processor.tokenizer.get_vocab(), []
+        tokenizer, ids = processor.tokenizer, []
         for label in image:
+            if label is None:  # which a column of words has in place of -100
+                ids.append(-100)
+                continue
+            if isinstance(label, str) and re.fullmatch("-?[0-9]+", label):
+                label = int(label)  # in a column of words an id is one, too
             if isinstance(label, str):
                 # A word inside a text: most tokenizers know it with a mark of the space in front of it.
-                known = [form for form in (label, f"▁{label}", f"Ġ{label}") if form in vocabulary]
+                forms = tokenizer.convert_tokens_to_ids([f"Ġ{label}", f"▁{label}", label])
+                known = [form for form in forms if form not in (None, tokenizer.unk_token_id)]
                 if not known:
                     raise ValueError(
-                        f"{name}: the image label {label!r} is no token of the tokenizer. Give the id of a token, or "
-                        "a word that is one."
+                        f"The image label {label!r} is no token of the tokenizer. Give the id of a token, or a word "
+                        "that is one."
                     )
-                label = vocabulary[known[-1]]
-            if label != -100 and not 0 <= label < processor.image_token_id:
-                raise ValueError(f"{name}: the image label {label} is no id of a token, and not -100 for none.")
+                label = known[0]
+            if label != -100 and not (0 <= label < len(tokenizer) and label != processor.image_token_id):
+                raise ValueError(
+                    f"The image label {label} is no id of a token to predict; expected one below {len(tokenizer)}, "
+                    f"not the image placeholder's ({processor.image_token_id}), or -100 where none is given."
+                )
             ids.append(label)
         return ids
-
-
-def _labels(example: dict[str, Any]) -> list[Sequence[int | str]]:
-    labels, num_images = example.get("image_labels") or [], len(example.get("images") or [])
-    if len(labels) != num_images:
-        raise ValueError(
-            f"Sample {example.get('id')!r} has `image_labels` for {len(labels)} images, and {num_images} images; "
-            "expected one list for each image."
-        )
-    return labels
 
 
 class Features(VisualWords):
@@ -362,6 +373,13 @@ class Features(VisualWords):
         return super().positions(batch, image_token_id) if self.shift else batch["input_ids"] == image_token_id
 
     def make_modules(self, model: nn.Module) -> nn.Module:
+        num_layers = model.config.text_config.num_hidden_layers
+        for layer in self.layers:
+            if layer not in range(-num_layers - 1, num_layers + 1):
+                raise ValueError(
+                    f"`layer` of `features` is {layer!r}, and the decoder has {num_layers} layers; expected 0 (the "
+                    f"embeddings) to {num_layers}, or counted from the last, -1."
+                )
         hidden_size = model.config.text_config.hidden_size
         return nn.Linear(hidden_size, hidden_size if self.shift else model.model.get_patch_feature_size())
 
@@ -370,7 +388,8 @@ class Features(VisualWords):
         if self.shift:
             hidden, targets = inputs.hidden_before(positions), inputs.image_features_at(positions)  # [K, D], [K, D]
         else:
-            hidden = inputs.layers[self.layers[0]].flatten(0, 1)[positions]  # [K, D]
+            layer = inputs.layers[self.layers[0]].flatten(0, 1)  # [B * L, D]
+            hidden = layer[positions.to(layer.device)]  # [K, D]
             patch_features = (
                 hidden.new_empty(0, head.out_features) if inputs.images is None else inputs.images["patch_features"]
             )
@@ -451,8 +470,8 @@ class SupervisedPositions(TypedDict):
 
     by_objective (`dict[str, torch.LongTensor]`):
         The positions that each objective supervises, counted through the rows (`n + num_columns * row`), `[K]`.
-    num_image_tokens (`int`):
-        Placeholders in the batch.
+    image_tokens (`torch.LongTensor` of shape `[I * N]`):
+        Where the image tokens are, counted in the same way.
     num_columns (`int`):
         Columns that are needed: without text to learn, those up to the last image token. What stands behind it cannot
         reach what is predicted up to it.
@@ -461,7 +480,7 @@ class SupervisedPositions(TypedDict):
     """
 
     by_objective: dict[str, torch.Tensor]
-    num_image_tokens: int
+    image_tokens: torch.Tensor
     num_columns: int
     num_padding: NotRequired[int]
 
@@ -484,8 +503,12 @@ def find_supervised_positions(
         num_columns = int(image_columns[-1]) + 1 if len(image_columns) else 1
     batch = cut_columns(batch, num_columns)
     masks = {name: objective.positions(batch, image_token_id) for name, objective in objectives.items()}  # [B, L]
-    positions = {name: mask.flatten().nonzero().squeeze(1) for name, mask in masks.items()}
-    return {"by_objective": positions, "num_image_tokens": int(is_image.sum()), "num_columns": num_columns}
+    positions = {name: _where(mask) for name, mask in masks.items()}
+    return {"by_objective": positions, "image_tokens": _where(is_image[:, :num_columns]), "num_columns": num_columns}
+
+
+def _where(mask: torch.Tensor) -> torch.Tensor:
+    return mask.flatten().nonzero().squeeze(1)
 
 
 def cut_columns(batch: Mapping[str, Any], num_columns: int) -> dict[str, Any]:

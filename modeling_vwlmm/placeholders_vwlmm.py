@@ -33,7 +33,10 @@ def replace_placeholders(token_ids: torch.Tensor, config: VWLMMConfig, token_id:
 
 
 def check_no_placeholder(
-    input_ids: torch.Tensor | None, config: VWLMMConfig, num_image_tokens: int | None = None, is_learned: bool = False
+    input_ids: torch.Tensor | None,
+    config: VWLMMConfig,
+    image_positions: torch.Tensor | None = None,
+    is_learned: bool = False,
 ) -> None:
     """
     Checks that a text without images has no placeholder.
@@ -41,8 +44,8 @@ def check_no_placeholder(
     Args:
         input_ids (`torch.LongTensor` of shape `[B, L]`, *optional*): The text.
         config ([`VWLMMConfig`]): Names the placeholder.
-        num_image_tokens (`int`, *optional*): Placeholders in the text, if they have been counted; else they are
-            counted here, and the host waits for it.
+        image_positions (`torch.LongTensor` of shape `[I * N]`, *optional*): Where the placeholders are, if they have
+            been found; else they are looked for here, and the host waits for it.
         is_learned (`bool`, *optional*, defaults to `False`): Whether the model learns from this text.
 
     Raises:
@@ -50,7 +53,7 @@ def check_no_placeholder(
             there is a warning.
     """
     # A decoding step feeds one token, its own: the check would only make the host wait.
-    if num_image_tokens == 0 or input_ids is None or input_ids.shape[1] == 1:
+    if input_ids is None or input_ids.shape[1] == 1 or (image_positions is not None and not len(image_positions)):
         return
     is_text = input_ids != config.image_token_id  # [B, L]
     message = (
@@ -63,33 +66,37 @@ def check_no_placeholder(
         logger.warning_once(message)
 
 
-def find_placeholders(
-    input_ids: torch.Tensor | None,
+def place_image_features(
     inputs_embeds: torch.Tensor,
+    image_features: torch.Tensor,
+    input_ids: torch.Tensor | None,
     embeddings: nn.Module,
     config: VWLMMConfig,
-    num_image_features: int,
-    num_image_tokens: int | None = None,
+    image_positions: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    Where the image features go, checked against their number.
+    Puts image features in place of the placeholders.
 
     Args:
+        inputs_embeds (`torch.Tensor` of shape `[B, L, D]`): Embeddings of the text.
+        image_features (`torch.Tensor` of shape `[I * N, D]`): What to place.
         input_ids (`torch.LongTensor` of shape `[B, L]`, *optional*): Token ids with placeholders. Without them,
             placeholders are recognised by their embedding, which only those inside the vocabulary have.
-        inputs_embeds (`torch.Tensor` of shape `[B, L, D]`): Embeddings of the text.
-        embeddings (`nn.Module`): What makes them.
+        embeddings (`nn.Module`): What makes embeddings.
         config ([`VWLMMConfig`]): Names the placeholder.
-        num_image_features (`int`): How many image features there are, `I * N`.
-        num_image_tokens (`int`, *optional*): Placeholders in the text, if they have been counted; else they are
-            counted here, and the host waits for it.
+        image_positions (`torch.LongTensor` of shape `[I * N]`, *optional*): Where the placeholders are, counted
+            through the rows (`n + L * row`), if they have been found; else they are looked for here, and the host
+            waits for it, forward and backward.
 
     Returns:
-        `torch.BoolTensor` of shape `[B, L]`.
+        `torch.Tensor` of shape `[B, L, D]`.
 
     Raises:
         ValueError: If the number of placeholders and of image features differ.
     """
+    if image_positions is not None:
+        _check_numbers(len(image_positions), len(image_features), config)
+        return inputs_embeds.flatten(0, 1).index_copy(0, image_positions, image_features).view_as(inputs_embeds)
     if input_ids is not None:
         is_image = input_ids == config.image_token_id  # [B, L]
     elif has_embedding(config):
@@ -101,17 +108,19 @@ def find_placeholders(
             f"{config.text_config.vocab_size} tokens. With `pixel_values`, pass `input_ids` instead of "
             "`inputs_embeds`."
         )
-    if num_image_tokens is None:
-        num_image_tokens = is_image.sum()
+    _check_numbers(is_image.sum(), len(image_features), config)
+    return inputs_embeds.masked_scatter(is_image.unsqueeze(-1), image_features)
+
+
+def _check_numbers(num_placeholders: int | torch.Tensor, num_image_features: int, config: VWLMMConfig) -> None:
     torch_compilable_check(
-        num_image_tokens == num_image_features,
+        num_placeholders == num_image_features,
         lambda: (
-            f"Image features and image tokens do not match: found {num_image_tokens} image tokens (id "
+            f"Image features and image tokens do not match: found {num_placeholders} image tokens (id "
             f"{config.image_token_id}) in the text and {num_image_features} image features. Pass one image for each "
             "`<image>` of the prompts, and a `max_length` that does not cut image tokens."
         ),
     )
-    return is_image
 
 
 def propose_without_images(generator: CandidateGenerator, image_token_id: int) -> CandidateGenerator:

@@ -11,12 +11,13 @@ import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
-from datasets import load_from_disk
+from accelerate.utils import DistributedType, gather_object
+from datasets import Dataset, List, Value, load_from_disk
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from torch.utils.data import SequentialSampler
@@ -25,8 +26,18 @@ from modeling_vwlmm import VWLMMForConditionalGeneration, VWLMMTrainer, VWLMMTra
 from processing_vwlmm import VWLMMProcessor
 
 
-# Stage, and whether with pseudo image features.
-RUNS = {"stage2": (2, False), "stage3": (3, False), "stage4": (4, False), "stage4_pif": (4, True)}
+LABELS_AND_FEATURES = {"token_labels": 0.5, "features": {"weight": 2.0, "loss": "cosine"}}
+# Stage, whether with pseudo image features, and what image positions learn in place of the stage's objective.
+RUNS = {
+    "stage2": (2, False, None),
+    "stage3": (3, False, None),
+    "stage4": (4, False, None),
+    "stage4_pif": (4, True, None),
+    "labels_and_features": (2, False, LABELS_AND_FEATURES),
+    "aligned": (4, False, {"features": {"shift": False, "layer": 1}}),
+}
+# Those that train a module beside the model's own are resumed, too.
+RESUMED = "labels_and_features"
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -53,46 +64,61 @@ class InOrderTrainer(VWLMMTrainer):
         return SequentialSampler(self.train_dataset)
 
 
-def train(checkpoint: str, data: str, output: str) -> None:
+def make_trainer(checkpoint: str, data: str, output: str, name: str) -> InOrderTrainer:
+    stage, use_pseudo_image_features, visual_objective = RUNS[name]
+    args = VWLMMTrainingArguments(
+        f"{output}/run_{name}",
+        stage=stage,
+        visual_objective=visual_objective,
+        chat_template="vicuna_v1",
+        per_device_train_batch_size=4 // int(os.environ.get("WORLD_SIZE", 1)),
+        per_device_eval_batch_size=1,
+        global_batch_size=4,
+        max_steps=2,
+        learning_rate=0.1,
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+        max_grad_norm=0.0,
+        logging_steps=1,
+        save_strategy="steps" if name == RESUMED else "no",
+        save_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+    )
+    return InOrderTrainer(
+        model=VWLMMForConditionalGeneration.from_pretrained(
+            checkpoint, use_pseudo_image_features=use_pseudo_image_features
+        ),
+        args=args,
+        train_dataset=load_from_disk(data),
+        eval_dataset=load_from_disk(data).select([0, 2]),  # one process has an image, the other text only
+        processing_class=VWLMMProcessor.from_pretrained(checkpoint),
+        # With momentum, because FSDP cannot resume an optimizer without a state.
+        optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
+    )
+
+
+def train(checkpoint: str, data: str, output: str, *names: str) -> None:
     """Takes two SGD steps of each run, and writes the losses and weights."""
     logs = {}
-    for name, (stage, use_pseudo_image_features) in RUNS.items():
-        args = VWLMMTrainingArguments(
-            f"{output}/run",
-            stage=stage,
-            chat_template="vicuna_v1",
-            per_device_train_batch_size=4 // int(os.environ.get("WORLD_SIZE", 1)),
-            per_device_eval_batch_size=1,
-            global_batch_size=4,
-            max_steps=2,
-            optim="sgd",
-            learning_rate=0.1,
-            lr_scheduler_type="constant",
-            warmup_steps=0,
-            max_grad_norm=0.0,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-        )
-        trainer = InOrderTrainer(
-            model=VWLMMForConditionalGeneration.from_pretrained(
-                checkpoint, use_pseudo_image_features=use_pseudo_image_features
-            ),
-            args=args,
-            train_dataset=load_from_disk(data),
-            eval_dataset=load_from_disk(data).select([0, 2]),  # one process has an image, the other text only
-            processing_class=VWLMMProcessor.from_pretrained(checkpoint),
-        )
+    for name in names or RUNS:
+        trainer = make_trainer(checkpoint, data, output, name)
+        calls = []
+        trainer.model.model.vision_tower.register_forward_hook(lambda *args, calls=calls: calls.append(1))
         trainer.train()
+        num_calls = gather_object([len(calls)])
         trainer.save_model(f"{output}/{name}")
         logs[name] = [entry for entry in trainer.state.log_history if "loss" in entry]
         evaluation = trainer.evaluate()
         logs[name].append({k: v for k, v in trainer.state.log_history[-1].items() if k in evaluation or "_loss" in k})
-        logs[name][0]["wrapped"] = type(trainer.model_wrapped).__name__
+        logs[name][0] |= {"wrapped": type(trainer.model_wrapped).__name__, "tower_calls": num_calls}
+    trainer = make_trainer(checkpoint, data, output, RESUMED)
+    trainer.train(resume_from_checkpoint=f"{output}/run_{RESUMED}/checkpoint-1")
+    trainer.save_model(f"{output}/resumed")
+    logs["resumed"] = [entry for entry in trainer.state.log_history if "loss" in entry]
     if trainer.is_world_process_zero():
         with open(f"{output}/logs.json", "w") as file:
             json.dump(logs, file)
@@ -122,8 +148,50 @@ def shard_on_cpu() -> None:
 def data(dataset, tmp_path_factory) -> str:
     """Two steps of two pairs of samples: with images, text only; two images and one, text only."""
     folder = tmp_path_factory.mktemp("distributed") / "data"
-    dataset.select([0, 3, 1, 6, 2, 5, 6, 1]).save_to_disk(folder)
+    samples: Dataset = dataset.select([0, 3, 1, 6, 2, 5, 6, 1])
+    # A label for two image tokens of three.
+    labels = [
+        [[-100 if n % 3 == 0 else 7 * n + 5 * sample for n in range(16)] for _ in images]
+        for sample, images in enumerate(samples["images"])
+    ]
+    samples.add_column("image_labels", labels, feature=List(List(Value("int64")))).save_to_disk(folder)
     return str(folder)
+
+
+def launch(environment: dict[str, str], *arguments: str) -> None:
+    """Runs this file in two processes, with the arguments of `train`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+    run_python([*launcher, __file__, *arguments], environment)
+
+
+def run_python(arguments: list[str], environment: dict[str, str], timeout: int = 600) -> None:
+    result = subprocess.run(
+        [sys.executable, *arguments],
+        # DeepSpeed compiles with `ninja`, which stands beside the interpreter.
+        env={
+            **os.environ,
+            **environment,
+            "OMP_NUM_THREADS": "1",
+            "PATH": os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]),
+        },
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def deepspeed() -> None:
+    """Compiles what DeepSpeed needs on a CPU, processes that talk through shared memory, before a run needs it."""
+    pytest.importorskip("deepspeed")
+    if shutil.which("g++") is None:
+        pytest.skip("DeepSpeed compiles what it needs on a CPU, with g++")
+    build = "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load()"
+    run_python(["-c", build], {"DS_ACCELERATOR": "cpu"}, timeout=1800)
 
 
 @pytest.fixture(scope="module")
@@ -134,60 +202,77 @@ def alone(vicuna, data, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("environment", "wrapper"),
+    ("environment", "wrapper", "is_sharded"),
     [
-        ({}, "DistributedDataParallel"),
-        (FSDP, "FSDPVWLMM"),
-        ({**ZERO3, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, "DeepSpeedEngine"),
-        (ZERO3, "DeepSpeedEngine"),
+        ({}, "DistributedDataParallel", False),
+        (FSDP, "FSDPVWLMM", True),
+        ({**ZERO3, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, "DeepSpeedEngine", False),
+        (ZERO3, "DeepSpeedEngine", True),
     ],
     ids=["ddp", "fsdp2", "zero2", "zero3"],
 )
-def test_two_processes_take_the_steps_of_one(vicuna, data, alone, tmp_path, environment, wrapper):
+def test_two_processes_take_the_steps_of_one(request, vicuna, data, alone, tmp_path, environment, wrapper, is_sharded):
     if "DS_ACCELERATOR" in environment:
-        pytest.importorskip("deepspeed")
-        if shutil.which("g++") is None:
-            pytest.skip("DeepSpeed compiles what it needs on a CPU, with g++")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    result = subprocess.run(
-        [*launcher, __file__, vicuna, data, str(tmp_path)],
-        # DeepSpeed compiles with `ninja`, which stands beside the interpreter.
-        env={
-            **os.environ,
-            **environment,
-            "OMP_NUM_THREADS": "1",
-            "PATH": os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]),
-        },
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
+        request.getfixturevalue("deepspeed")
+    launch(environment, vicuna, data, str(tmp_path))
     logs, expected = (json.loads((folder / "logs.json").read_text()) for folder in (tmp_path, alone))
     for name in RUNS:
         # Whatever ran, it was this.
         assert logs[name][0]["wrapped"].startswith(wrapper)
+        # Two steps, in which one process has text only: it runs the tower where the tower's weights are sharded.
+        assert logs[name][0]["tower_calls"] == [2, 2 if is_sharded else 0]
+        assert expected[name][0]["tower_calls"] == [2]
         for entry, other in zip(logs[name], expected[name], strict=True):
             # Transformers' own `eval_loss` is a mean over batches, which are not the same here.
-            metrics = {m for m in other if m.endswith(("loss", "positions", "entropy")) and m != "eval_loss"}
+            metrics = {m for m in other if m.endswith(("loss", "positions", "entropy", "cosine")) and m != "eval_loss"}
             for metric in metrics:
                 assert entry[metric] == pytest.approx(other[metric], rel=1e-5), (name, metric)
-        weights, others = (load_file(folder / name / "model.safetensors") for folder in (tmp_path, alone))
+        # The code that loads the model travels with it.
+        configs = [json.loads((folder / name / "config.json").read_text()) for folder in (tmp_path, alone)]
+        assert configs[0]["auto_map"] == configs[1]["auto_map"]
+        assert {file.name for file in (tmp_path / name).iterdir()} == {file.name for file in (alone / name).iterdir()}
+        weights, others = (all_tensors(folder / name) for folder in (tmp_path, alone))
         assert weights.keys() == others.keys()
         for tensor, value in weights.items():
             assert_close(value, others[tensor], atol=1e-6, rtol=1e-5, msg=lambda m, t=tensor, n=name: f"{n} {t}: {m}")
+    through, resumed = (all_tensors(tmp_path / name) for name in (RESUMED, "resumed"))
+    assert through.keys() == resumed.keys()
+    assert not [tensor for tensor, value in through.items() if not torch.equal(value, resumed[tensor])]
+
+
+def test_sharded_checkpoint_has_the_modules_that_only_training_needs(vicuna, data, tmp_path):
+    """FSDP's default: each process saves its own shards, and no folder that `from_pretrained` loads is written."""
+    launch({**FSDP, "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, vicuna, data, str(tmp_path), RESUMED)
+    logs = json.loads((tmp_path / "logs.json").read_text())
+    through, resumed = logs[RESUMED][1], logs["resumed"][-1]
+    assert through["step"] == resumed["step"] == 2
+    for name in ("loss", "language_loss", "token_labels_loss", "features_loss", "grad_norm"):
+        assert through[name] == resumed[name], name
+
+
+def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """What a saved folder holds, the modules that only training needs with their own names."""
+    tensors = load_file(folder / "model.safetensors")
+    assert not any("training_modules" in name for name in tensors)
+    for file in sorted(folder.glob("_training_modules/*.safetensors")):
+        tensors |= {f"{file.stem}: {name}": value for name, value in load_file(file).items()}
+    return tensors
 
 
 def test_the_steps_change_something(vicuna, alone):
     before = load_file(f"{vicuna}/model.safetensors")
-    for name, (stage, _) in RUNS.items():
+    for name, (stage, _, objective) in RUNS.items():
         after = load_file(alone / name / "model.safetensors")
         changed = {tensor for tensor, value in after.items() if not torch.equal(value, before[tensor])}
         assert ("model.vm_head.weight" in changed) == (stage == 3)
         assert ("lm_head.weight" in changed) == (stage != 3)
+        trained, fresh = (
+            {n: v for n, v in all_tensors(alone / folder).items() if n.startswith("features: ")}
+            for folder in (name, f"run_{RESUMED}/checkpoint-1")
+        )
+        assert trained.keys() == ({"features: weight", "features: bias"} if objective else set())
+        if name == RESUMED:
+            assert not any(torch.equal(value, fresh[tensor]) for tensor, value in trained.items())
 
 
 if __name__ == "__main__":

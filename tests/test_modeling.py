@@ -274,6 +274,12 @@ class TestSupervisedImagePositions:
         mask = torch.tensor([[0, 0, 1, 1, 1]])
         assert get_supervised_image_positions(ids, mask, IMAGE).tolist() == [[False, False, False, True, False]]
 
+    def test_image_that_opens_one_of_several_samples_in_a_row(self):
+        ids = torch.tensor([[IMAGE, IMAGE, 5, IMAGE, IMAGE]])
+        position_ids = torch.tensor([[0, 1, 2, 0, 1]])
+        found = get_supervised_image_positions(ids, None, IMAGE, position_ids)
+        assert found.tolist() == [[False, True, False, False, True]]
+
     def test_input_ids_stay_as_they_are(self):
         ids = torch.tensor([[IMAGE, IMAGE]])
         get_supervised_image_positions(ids, torch.ones_like(ids), IMAGE)
@@ -344,7 +350,7 @@ class TestGradients:
     def test_targets_are_detached(self, model, batch, objective):
         """With one decoder layer's input cut, image features are reached as targets or not at all."""
         attach_training_modules(model, parse_objectives(objective)[0])
-        batch["image_labels"] = torch.full((4, N), 7)
+        batch["image_labels"] = torch.full((3, N), 7)
         cut = model.model.language_model.register_forward_pre_hook(
             lambda module, args, kwargs: (args, {**kwargs, "inputs_embeds": kwargs["inputs_embeds"].detach()}),
             with_kwargs=True,
@@ -356,6 +362,8 @@ class TestGradients:
     def test_a_new_or_loaded_vision_tower_is_frozen_and_keeps_no_activations(self, model, batch, vicuna):
         for fresh in (model, VWLMMModel.from_pretrained(vicuna), VWLMMForConditionalGeneration(model.config)):
             assert not any(p.requires_grad for p in fresh.base_model.vision_tower.parameters())
+        # What trainers do for PEFT with gradient checkpointing: embeddings ask for gradients, the tower's as well.
+        model.enable_input_require_grads()
         features = []
         hook = model.model.multi_modal_projector.register_forward_pre_hook(lambda _, inputs: features.extend(inputs))
         model(**batch).loss.backward()

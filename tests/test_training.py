@@ -419,10 +419,12 @@ class TestPackingAcrossTheDataset:
         assert max(self.LENGTHS[list(row)].sum() for row in rows) <= 128
 
     def test_best_fit(self):
-        """First fit would put the 3 beside the 6, and need a third row."""
-        lengths = [6, 5, 5, 3, 1]
-        assert sorted(sorted(lengths[i] for i in row) for row in pack_rows(lengths, 10)) == [[1, 3, 6], [5, 5]]
-        assert len(pack_rows([7, 6, 4, 3], 10)) == 2
+        for lengths, rows in (
+            ([6, 5, 5, 3, 1], [[1, 3, 6], [5, 5]]),
+            ([7, 6, 3], [[3, 7], [6]]),  # where it leaves no room, though there is more elsewhere
+            ([7, 6, 4, 3], [[3, 7], [4, 6]]),
+        ):
+            assert sorted(sorted(lengths[i] for i in row) for row in pack_rows(lengths, 10)) == rows
 
     def test_follows_from_seed_and_epoch(self):
         rows = pack_rows(self.LENGTHS, 128, seed=1, epoch=2)
@@ -495,6 +497,26 @@ class TestPackingAcrossTheDataset:
         assert_close(other.loss, one.loss, rtol=1e-6, atol=0)
         for name, gradient in gradients.items():
             assert_close(others[name], gradient, atol=1e-6, rtol=1e-4)
+
+    def test_nothing_is_predicted_from_the_sample_before(self, make_trainer, dataset):
+        """Where all text is supervised, the first token of a sample is, too."""
+        plain, packed = (
+            make_trainer(2, packing=packing, assistant_only_loss=False).data_collator([dataset[i] for i in range(3)])
+            for packing in (False, True)
+        )
+        for batch in (plain, packed):
+            batch["supervised"] = len(batch["supervised_positions"]["by_objective"]["language"])
+        assert packed["supervised"] == plain["supervised"]
+        assert (packed["labels"][packed["position_ids"] == 0] == -100).all()
+
+    def test_samplers_are_told_the_epoch(self, make_trainer, many):
+        """By the trainer: on several processes a resumed run's data loader hides them from Accelerate."""
+        for options in (self.SMALL_ROWS, {"train_sampling_strategy": "group_by_length"}):
+            trainer = make_trainer(2, many, **options)
+            sampler = trainer.get_train_dataloader().batch_sampler.sampler
+            trainer.state.epoch = 3.25  # as a run that is resumed there has it
+            trainer.callback_handler.on_epoch_begin(trainer.args, trainer.state, trainer.control)
+            assert sampler.epoch == 3
 
     def test_a_step_takes_rows_and_logs_what_fills_them_up(self, make_trainer, many):
         trainer = make_trainer(2, many, **self.SMALL_ROWS)

@@ -60,6 +60,8 @@ def save_training_modules(
             # PEFT and wrappers put names of their own in front.
             mark = f"training_modules.{name}."
             tensors = {key.partition(mark)[2]: value for key, value in state_dict.items() if mark in key}
+            if not tensors:  # sharded, and nobody has put them together
+                continue
         file = Path(folder, FOLDER, f"{name}.safetensors")
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, file)
