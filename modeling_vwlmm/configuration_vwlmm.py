@@ -58,6 +58,8 @@ class VWLMMConfig(LlavaConfig):
     """
 
     model_type = "vwlmm"
+    # What a Trainer does not gather as predictions.
+    keys_to_ignore_at_inference = ["past_key_values", "losses", "terms"]
 
     image_token_index: int | None = None
     adapter: str = "mlp"

@@ -27,11 +27,11 @@ from .kernels_vwlmm import triton
 # 384 image positions a chunk in fp32 on a CPU, and 2096 in bf16 on a GPU.
 CHUNK_BYTES = {"cpu": 96 * 2**20, "cuda": 256 * 2**20}
 # Softmax and divergence of a chunk run block by block on a CPU, so that their temporaries stay in its cache.
-CPU_BLOCK_BYTES = 2**20
+CPU_BLOCK_BYTES = 2**18
 # The head's gradient in 16 bits is summed in fp32: by the matrix product itself where it can (CUDA, torch 2.8), else
 # over tiles of so many tokens.
 HAS_OUT_DTYPE = hasattr(torch.ops.aten.addmm, "dtype_out")
-TILE_ROWS = 4096
+TILE_ROWS = 512
 
 
 class LinearLossOutput(NamedTuple):
@@ -159,9 +159,8 @@ class _LinearLoss(torch.autograd.Function):
         hidden_dtype, weight_dtype, device = hidden.dtype, weight.dtype, hidden.device
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-            hidden, weight, teacher_hidden, teacher_weight = (
-                tensor.to(dtype) for tensor in (hidden, weight, teacher_hidden, teacher_weight)
-            )
+            hidden, weight, teacher_hidden = (tensor.to(dtype) for tensor in (hidden, weight, teacher_hidden))
+            teacher_weight = teacher_weight.to(dtype) if len(teacher_hidden) else weight  # no copy that nobody reads
         # In fp16 one over the number of positions would underflow before a loss scale comes to its rescue: there the
         # larger scale stays 1 until backward, which has fp32 sums to multiply.
         statistics_dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -289,10 +288,11 @@ def _project(hidden: torch.Tensor, weight: torch.Tensor, buffer: torch.Tensor) -
 
 def _add_product(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Adds `a @ b`, `[C, D]`, to a sum in fp32 or wider."""
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    if dtype == a.dtype:
+        return a @ b if total is None else total.addmm_(a, b)
     if total is None:
-        return (a @ b).to(torch.promote_types(a.dtype, torch.float32))
-    if total.dtype == a.dtype:
-        return total.addmm_(a, b)
+        total = a.new_zeros(len(a), b.shape[1], dtype=dtype)
     if total.is_cuda and HAS_OUT_DTYPE:
         return torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     # Tile by tile, so that no product of the head's size is written beside the sum.

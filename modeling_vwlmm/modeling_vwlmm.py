@@ -137,7 +137,7 @@ class VWLMMModel(FrozenVisionTower, WithVisualWords, LlavaModel):
 
     def _pseudo_image_features(self, image_features: torch.Tensor) -> torch.Tensor:
         embeddings = self.get_vocabulary_embeddings(image_features.device)  # [C, D]
-        if self.config.text_config._attn_implementation == "vllm":  # which puts a linear layer of its own in place
+        if not isinstance(self.vm_head, VMHead):  # but a layer of vLLM's or PEFT's, which takes no embeddings
             return get_distribution(self.vm_head, image_features).to(embeddings) @ embeddings
         return self.vm_head(image_features, embeddings)  # [I * N, D]
 
@@ -247,14 +247,20 @@ class VWLMMForConditionalGeneration(FrozenVisionTower, WithVisualWords, LlavaFor
 
     @classmethod
     def from_llava(cls, name_or_path: str, **kwargs: Any) -> "VWLMMForConditionalGeneration":
-        """The model that stage III starts from, where a LLaVA is at hand. See [`assembly.from_llava`]."""
+        """The model that stage III starts from with a LLaVA at hand. See [`modeling_vwlmm.assembly.from_llava`]."""
         return import_module("modeling_vwlmm.assembly").from_llava(cls, name_or_path, **kwargs)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """See `PreTrainedModel.save_pretrained`. Tensors get the same names however the model was made or loaded."""
         # Otherwise they would get the names they were loaded under, and what DeepSpeed ZeRO-3 loads is taken to have
         # had those of the earliest LLaVAs.
-        super().save_pretrained(*args, **{"save_original_format": False, **kwargs})
+        wrapped = self.__class__
+        # FSDP2 derives a class from this one, in a module of torch, whose files would travel in place of ours.
+        self.__class__ = next(cls for cls in wrapped.__mro__ if not cls.__module__.startswith("torch."))
+        try:
+            super().save_pretrained(*args, **{"save_original_format": False, **kwargs})
+        finally:
+            self.__class__ = wrapped
 
     def _get_candidate_generator(self, **kwargs: Any) -> CandidateGenerator:
         # There is no public way to say what assisted decoding may propose.
@@ -367,7 +373,8 @@ class VWLMMForConditionalGeneration(FrozenVisionTower, WithVisualWords, LlavaFor
 
         losses = {}
         if objectives:
-            all_logits = logits if visual_objective is None and logits.shape[1] == hidden_states.shape[1] else None
+            keeps_all = isinstance(logits_to_keep, int) and logits.shape[1] == hidden_states.shape[1]
+            all_logits = logits if visual_objective is None and keeps_all else None
             inputs = ObjectiveInputs(
                 self, batch, hidden_states, outputs.hidden_states, images, all_logits, supervised_positions, kwargs
             )

@@ -30,16 +30,16 @@ from .loss_vwlmm import linear_row_losses
 class Term(NamedTuple):
     """
     total (`torch.Tensor` of shape `()`):
-        Sum of the loss over the supervised positions of this batch. Those that share a head's pass have their gradient
-        in the pass, and none here.
-    count (`int`):
+        Sum of the loss over the supervised positions of this batch. It has no gradient where several objectives share
+        one pass of a head, whose gradient is that of their weighted sum.
+    count (`int` or `torch.Tensor` of shape `()`):
         Number of these positions.
     metrics (`dict[str, torch.Tensor]`):
         Further sums over these positions, for the logs.
     """
 
     total: torch.Tensor
-    count: int
+    count: int | torch.Tensor
     metrics: dict[str, torch.Tensor]
 
 
@@ -132,8 +132,8 @@ class Objective:
     """
 
     name: ClassVar[str]
-    # Whether the decoder learns from it. If nothing teaches the decoder, it runs without gradients.
-    teaches_decoder: ClassVar[bool] = True
+    # The modules that can learn from it. If nothing teaches the decoder, it runs without gradients.
+    teaches: ClassVar[tuple[str, ...]] = ("adapter", "decoder", "mm_head", "vision_tower")
     # Whether labels in the batch are learned beside it, unless they are asked for.
     beside_language: ClassVar[bool] = True
     # What it reads of a batch beside token ids, labels and images: arguments of `forward`, and columns of a dataset.
@@ -249,7 +249,7 @@ class VMHeadObjective(VisualWords):
     """Stage III, `KL(Q ‖ P')`: the VM head learns from what the decoder predicts."""
 
     name = "vm_head"
-    teaches_decoder = False
+    teaches = ("vm_head", "adapter", "vision_tower")
     beside_language = False
 
     def predict(self, inputs: ObjectiveInputs) -> HeadRows:
@@ -356,6 +356,7 @@ class Features(VisualWords):
     """
 
     name = "features"
+    teaches = ("adapter", "decoder", "vision_tower")
 
     def __init__(self, loss: str = "mse", shift: bool = True, layer: int | None = None) -> None:
         if loss not in ("mse", "cosine"):
@@ -546,6 +547,11 @@ def prepare_batch(
     is_visual = any(name != "language" for name in objectives)
     if is_visual and batch["input_ids"] is None:
         raise ValueError("A `visual_objective` needs `input_ids`: they say which positions are image tokens.")
+    if is_visual and batch["attention_mask"] is not None and batch["attention_mask"].dim() != 2:
+        raise ValueError(
+            f"`attention_mask` has shape {tuple(batch['attention_mask'].shape)}; beside a `visual_objective` it has "
+            "to say what is padding, `[B, L]`."
+        )
     for name, objective in objectives.items():
         for column in objective.columns:
             if column not in kwargs:
@@ -564,7 +570,7 @@ def prepare_batch(
 
 def teaches_decoder(objectives: Mapping[str, Objective]) -> bool:
     """Whether the decoder may learn. Without objectives, what learns is the caller's business."""
-    return not objectives or any(objective.teaches_decoder for objective in objectives.values())
+    return not objectives or any("decoder" in objective.teaches for objective in objectives.values())
 
 
 def reads_layers(objectives: Mapping[str, Objective]) -> bool:

@@ -11,8 +11,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import output_capturing
 
 from .configuration_vwlmm import VWLMMConfig
+
+
+# Whether Transformers can keep the outputs of some layers and no others (5.23), counted from the last ones, too.
+KEEPS_NAMED_LAYERS = hasattr(output_capturing, "selected_hidden_states")
 
 
 class FrozenVisionTower:
@@ -58,8 +63,8 @@ def run_vision_tower(
         output_hidden_states = config.output_hidden_states
     learns = any(parameter.requires_grad for parameter in vision_tower.parameters())
     with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
-        # Given a list, a Transformers that is new enough keeps these layers alone.
-        outputs = vision_tower(pixel_values, output_hidden_states=output_hidden_states or layers, **kwargs)
+        kept = layers if KEEPS_NAMED_LAYERS else True
+        outputs = vision_tower(pixel_values, output_hidden_states=output_hidden_states or kept, **kwargs)
         selected = [outputs.hidden_states[layer] for layer in layers]  # [I, N (+ 1), W]
         selected = [features[:, 1:] if strategy == "default" else features for features in selected]
         patch_features = torch.cat(selected, dim=-1)  # [I, N, W]

@@ -88,7 +88,7 @@ MUTANTS = [
         MODEL,
         "replace_placeholders(labels, self.config, token_id=-100)",
         "labels",
-        "test_modeling.py::label",
+        "test_modeling.py::may_be_the_token_ids",
     ),
     # Which weight, over how many.
     Mutant(
@@ -151,8 +151,8 @@ MUTANTS = [
     Mutant(
         "stage III's decoder runs with gradients",
         OBJECTIVES,
-        "    teaches_decoder = False\n",
-        "    teaches_decoder = True\n",
+        '    teaches = ("vm_head", "adapter", "vision_tower")\n',
+        '    teaches = ("vm_head", "adapter", "vision_tower", "decoder")\n',
         "test_modeling.py::Gradients",
     ),
     Mutant(
@@ -186,8 +186,8 @@ MUTANTS = [
     Mutant(
         "the stage's modules are not all frozen or trained",
         "training/stages.py",
-        'parameter.requires_grad_(name.startswith(tuple(f"{module}." for module in modules)))',
-        "parameter.requires_grad_(parameter.requires_grad or True)",
+        "parameter.requires_grad_(id(parameter) in trained)",
+        "parameter.requires_grad_(True)",
         "test_training.py::WhatTrains",
     ),
     # What is computed, and what is not.
@@ -258,7 +258,7 @@ MUTANTS = [
     Mutant(
         "a loss that is no number trains on",
         TRAINER,
-        "if self.model.training and not torch.isfinite(outputs.loss):",
+        "if not torch.isfinite(loss_of_step):",
         "if False:",
         "test_training.py::no_number",
     ),
@@ -322,7 +322,7 @@ MUTANTS = [
     Mutant(
         "a resumed run has new training modules",
         TRAINER,
-        "        load_training_modules(self._base_model, resume_from_checkpoint)\n",
+        "        self._load_training_modules(resume_from_checkpoint)\n",
         "",
         "test_objectives.py::resum",
     ),

@@ -258,6 +258,25 @@ class TestVisualLoss:
         with pytest.raises(ValueError, match="'visual_word'.*None, 'visual_words' or 'vm_head'"):
             model(**batch, visual_objective="visual_word")
 
+    @pytest.mark.parametrize("objective", [None, "visual_words"])
+    def test_labels_may_be_the_token_ids(self, model, batch, objective):
+        """A placeholder past the vocabulary has no logit to be predicted by."""
+        batch["labels"] = batch["input_ids"].clone()
+        found = model(**batch, visual_objective=objective)
+        batch["labels"][batch["input_ids"] == IMAGE] = -100
+        expected = model(**batch, visual_objective=objective)
+        assert torch.equal(found.language_loss, expected.language_loss)
+        assert found.num_text_positions == (batch["labels"][:, 1:] != -100).sum()
+
+    def test_no_logits_beside_a_visual_objective_unless_they_are_asked_for(self, model, batch):
+        assert model(**batch, visual_objective="visual_words").logits is None
+        assert model(**batch, visual_objective="visual_words", logits_to_keep=2).logits.shape[1] == 2
+
+    def test_padding_has_to_be_told(self, model, batch):
+        batch["attention_mask"] = batch["attention_mask"][:, None, None, :].bool()
+        with pytest.raises(ValueError, match=r"`attention_mask` has shape \(3, 1, 1, \d+\).*`\[B, L\]`"):
+            model(**batch, visual_objective="visual_words")
+
     def test_objective_needs_input_ids(self, model):
         with pytest.raises(ValueError, match="needs `input_ids`"):
             model(inputs_embeds=torch.zeros(1, 3, 48), visual_objective="visual_words")

@@ -860,7 +860,8 @@ class TestArguments:
     @pytest.mark.parametrize(
         ("stage", "objective", "names"),
         [
-            *((stage, "features", {"language", "features"}) for stage in (1, 2, 3, 4)),
+            *((stage, "features", {"language", "features"}) for stage in (1, 2, 4)),
+            (3, {"vm_head": 1.0, "features": 0.5}, {"language", "vm_head", "features"}),
             (1, {"visual_words": 0.1}, {"language", "visual_words"}),
             (2, {"token_labels": 0.5, "language": 0}, {"token_labels"}),
             (4, {"token_labels": 0.5}, {"language", "token_labels"}),
@@ -877,6 +878,27 @@ class TestArguments:
         _, weights = trainer.args.get_objectives()
         assert weights.keys() == names
         assert entry["loss"] == pytest.approx(sum(weights[name] * entry[f"{name}_loss"] for name in names), rel=1e-5)
+
+    @pytest.mark.parametrize(
+        ("stage", "options", "message"),
+        [
+            (
+                3,
+                {"visual_objective": "visual_words"},
+                r"Stage 3 trains model\.vm_head, which learns nothing from",
+            ),
+            (4, {"trains": ["decoder", "vm_head"]}, r"model\.vm_head, which learns nothing .*Leave `vm_head` out"),
+            (2, {"visual_objective": {"language": 0, "features": 1}}, "lm_head, which learns nothing from features"),
+        ],
+        ids=str,
+    )
+    def test_a_module_that_no_objective_teaches(self, make_trainer, stage, options, message):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(stage, **options)
+
+    def test_the_vm_head_learns_through_pseudo_image_features(self, make_trainer, model):
+        model.config.use_pseudo_image_features = True
+        make_trainer(4, trains=["decoder", "mm_head", "vm_head"])
 
     def test_weight_of_an_objective_by_name(self, make_trainer):
         assert make_trainer(2, visual_objective="features", visual_loss_weight=0.3).args.get_objectives()[1] == {
@@ -908,7 +930,10 @@ class TestArguments:
         ("kwargs", "message"),
         [
             ({"method": "lavit"}, "`method` is 'lavit'; expected 'vw-lmm'"),
-            ({"trains": ["adapter", "head"]}, "`trains` has 'head'; expected some of 'adapter', 'decoder'"),
+            (
+                {"trains": ["adapter", "head"]},
+                "`trains` is .'adapter', 'head'.; expected some of 'adapter'",
+            ),
             ({"visual_objective": "words"}, "`visual_objective` is 'words'; expected None, 'visual_words'"),
             ({"visual_objective": {"features": {"loss": "l1"}}}, "`loss` of `features` is 'l1'"),
             ({"visual_objective": {"visual_words": -1}}, "weight of `visual_words` is -1"),
@@ -1199,7 +1224,7 @@ class TestCosts:
         with Operations() as operations:
             trainer.training_step(trainer.model, batch, counts)
         assert (operations.num_backward > 0) == (stage != 3)  # what runs backward is seen
-        assert operations.reads.pop("look for packed rows", 0) <= 1
+        assert operations.reads.pop("look for packed rows", 0) == ("packing" in options)
         assert operations.reads == self.READS
 
     def test_nor_another_one_in_the_rest_of_the_step(self, make_trainer):

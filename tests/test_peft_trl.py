@@ -174,6 +174,19 @@ class TestAdapters:
             name for name in before if "lora_" in name and not any(module in name for module in unread)
         }
 
+    def test_vm_head_that_makes_targets_alone_is_named(self, make_trainer, monkeypatch):
+        found = []
+        monkeypatch.setattr("modeling_vwlmm.training.trainer.logger.warning", lambda message: found.append(message))
+        make_trainer(4, LoraConfig(target_modules="all-linear"))
+        assert any("PEFT trains model.vm_head, which learns nothing from language, visual_words" in m for m in found)
+
+    def test_vm_head_with_lora_makes_pseudo_image_features(self, make_trainer):
+        trainer = make_trainer(4, LoraConfig(target_modules="all-linear"))
+        trainer.model.get_base_model().config.use_pseudo_image_features = True
+        before = weights(trainer.model)
+        trainer.train()
+        assert any("vm_head" in name for name in changed(trainer.model, before))
+
     @pytest.mark.parametrize("method", METHODS)
     def test_gradient_checkpointing_makes_the_same_steps(self, make_trainer, method):
         """TRL's default, which lets the embeddings ask for gradients."""

@@ -567,6 +567,11 @@ class TestPackingAcrossTheDataset:
         for name, value in results[0].items():
             assert torch.equal(results[1][name], value), name
 
+    def test_a_column_of_lengths_that_are_no_tokens(self, make_trainer, many):
+        data = many.add_column("length", [1] * len(many))
+        with pytest.raises(ValueError, match="were packed into a row of 400 tokens, and have.*says less"):
+            make_trainer(2, data, **self.SMALL_ROWS).train()
+
     def test_options_that_do_not_go_together(self, make_trainer, dataset, caplog):
         with pytest.raises(ValueError, match="`packing` puts samples of unlike length together.*Leave one"):
             make_trainer(2, packing=True, train_sampling_strategy="group_by_length")
@@ -725,6 +730,19 @@ class TestMetrics:
         ((predictions, labels),) = shapes
         assert predictions == (*labels, 480)
         assert metrics["eval_seen"] == 1.0
+
+    def test_transformers_own_trainer_predicts(self, model, make_trainer, dataset, tmp_path):
+        """It gathers what the model returns, but for what it cannot gather."""
+        seen = []
+        args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, remove_unused_columns=False)
+        collator = make_trainer(2).data_collator
+        trainer = Trainer(
+            model, args, data_collator=collator, compute_metrics=lambda p: seen.append(p.predictions) or {"n": 1}
+        )
+        rows = dataset.select([0])
+        assert trainer.evaluate(rows)["eval_n"] == 1
+        assert trainer.predict(rows).metrics["test_n"] == 1
+        assert any(array.shape[-1:] == (model.lm_head.out_features,) for array in seen[0])
 
     def test_compute_metrics_in_stage_3_is_an_error(self, make_trainer):
         with pytest.raises(ValueError, match="compute_metrics"):

@@ -130,9 +130,10 @@ class VWLMMTrainingArguments(SFTConfig):
                 "`auto_find_batch_size` would shrink the global batch without a word. Lower "
                 "`per_device_train_batch_size` instead: accumulation steps make up for it."
             )
-        for module in self.trains or ():
-            if module not in MODULES:
-                raise ValueError(f"`trains` has {module!r}; expected some of {', '.join(map(repr, MODULES))}.")
+        if self.trains is not None and not (
+            isinstance(self.trains, list) and self.trains and set(self.trains) <= MODULES.keys()
+        ):
+            raise ValueError(f"`trains` is {self.trains}; expected some of {', '.join(map(repr, MODULES))}.")
         if not 0 <= self.visual_loss_weight < math.inf:
             raise ValueError(
                 f"`visual_loss_weight` is {self.visual_loss_weight}; expected a finite number that is not negative."
@@ -140,6 +141,13 @@ class VWLMMTrainingArguments(SFTConfig):
         if self.visual_objective is None:
             is_dropped = stage.visual_objective == "visual_words" and self.visual_loss_weight == 0
             self.visual_objective = None if is_dropped else stage.visual_objective
+        is_dropped = self.visual_objective is None and self.visual_loss_weight == 0
+        if self.visual_loss_weight != 1 and not isinstance(self.visual_objective, str) and not is_dropped:
+            raise ValueError(
+                f"`visual_loss_weight` is {self.visual_loss_weight}, and `visual_objective` is "
+                f"{self.visual_objective}, no name that it could weigh. Write the weight into the mapping of "
+                "`visual_objective`."
+            )
         if self.visual_objective == "vm_head":
             # The weight of the only loss would be another learning rate.
             self.visual_loss_weight = 1.0
@@ -169,7 +177,7 @@ class VWLMMTrainingArguments(SFTConfig):
         needed = {column: name for name, objective in objectives.items() for column in objective.columns}
         if not needed:
             return
-        columns = dataset.column_names or list(next(iter(dataset)))
+        columns = getattr(dataset, "column_names", None) or list(next(iter(dataset)))
         for column, name in needed.items():
             if column not in columns:
                 raise ValueError(

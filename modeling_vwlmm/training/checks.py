@@ -10,7 +10,7 @@ from transformers import ProcessorMixin
 
 from ..configuration_vwlmm import VWLMMConfig
 from .arguments import VWLMMTrainingArguments
-from .stages import DECODER
+from .stages import DECODER, MODULES
 
 
 def all_datasets(datasets: Any) -> list[Dataset | IterableDataset]:
@@ -54,6 +54,20 @@ def check_options(args: VWLMMTrainingArguments, kwargs: dict, uses_peft: bool) -
             f"Stage {args.stage} trains {', '.join(args.get_trained_modules())} alone, which PEFT would freeze. Use "
             "PEFT in stages 2 and 4, or leave `peft_config` out."
         )
+
+
+def check_trained_modules(args: VWLMMTrainingArguments, use_pseudo_image_features: bool) -> None:
+    """Raises if a module that trains can learn from none of the objectives."""
+    objectives, _ = args.get_objectives()
+    taught = {module for objective in objectives.values() for module in objective.teaches}
+    if use_pseudo_image_features and "decoder" in taught:
+        taught.add("vm_head")  # it makes what the decoder reads
+    for module, path in MODULES.items():
+        if path in args.get_trained_modules() and module not in taught:
+            raise ValueError(
+                f"Stage {args.stage} trains {path}, which learns nothing from {', '.join(objectives)}: it would stay "
+                f"as it is. Leave `{module}` out of `trains`, or choose a `visual_objective` that teaches it."
+            )
 
 
 def check_processor(processor: ProcessorMixin, config: VWLMMConfig) -> None:

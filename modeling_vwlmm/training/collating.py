@@ -53,11 +53,22 @@ class VWLMMDataCollator(DataCollatorForVisionLanguageModeling):
         image_token_id = self.processor.image_token_id
         batch["labels"][batch["input_ids"] == image_token_id] = -100
         num_tokens = int(batch["attention_mask"].sum())
+        if isinstance(examples[0], list):
+            self._check_rows(rows, batch["attention_mask"].sum(dim=1))
         if self.packing:
             batch = pack(batch, [len(samples)] if self.flattens_rows else [len(row) for row in rows])
         batch["supervised_positions"] = find_supervised_positions(self.objectives, batch, image_token_id)
         batch["supervised_positions"]["num_padding"] = batch["input_ids"].numel() - num_tokens
         return batch
+
+    def _check_rows(self, rows: list[list[dict[str, Any]]], lengths: torch.Tensor) -> None:
+        for row, row_lengths in zip(rows, lengths.split([len(row) for row in rows]), strict=True):
+            if len(row) > 1 and row_lengths.sum() > self.max_length:
+                raise ValueError(
+                    f"Samples {[sample.get('id') for sample in row]} were packed into a row of {self.max_length} "
+                    f"tokens, and have {row_lengths.tolist()}: the dataset's column of lengths says less. It counts "
+                    "tokens, image tokens included; leave it out to have them counted."
+                )
 
     def _collate(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = super().torch_call(examples)

@@ -41,7 +41,7 @@ class ModalityLengthGroupedSampler(Sampler):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Accelerate's data loader tells; a resumed run goes on in the order it had."""
+        """The trainer tells; a resumed run goes on in the order it had."""
         self.epoch = epoch
 
     def __len__(self) -> int:

@@ -74,7 +74,11 @@ def set_trainable_parameters(model: PreTrainedModel, modules: int | Sequence[str
     """
     if isinstance(modules, int):
         modules = STAGES[modules].trains
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(tuple(f"{module}." for module in modules)))
+    prefixes = ("training_modules.", *(f"{module}." for module in modules))  # and what objectives have added
+    # Under all of their names: a head that is tied to the embeddings trains with either.
+    parameters = list(model.named_parameters(remove_duplicate=False))
+    trained = {id(parameter) for name, parameter in parameters if name.startswith(prefixes)}
+    for name, parameter in parameters:
+        parameter.requires_grad_(id(parameter) in trained)
         if parameter.requires_grad and parameter.dtype == torch.float16:
             raise ValueError(f"{name} would train in float16. Load the model with `dtype=torch.float32`.")

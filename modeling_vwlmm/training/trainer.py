@@ -30,12 +30,14 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from ..modeling_vwlmm import VWLMMForConditionalGeneration
 from ..objectives_vwlmm import find_supervised_positions
 from ..outputs_vwlmm import VWLMMCausalLMOutputWithPast
+from ..placeholders_vwlmm import replace_placeholders
 from .arguments import VWLMMTrainingArguments
-from .checks import all_datasets, check_max_length, check_options, check_processor
+from .checks import all_datasets, check_max_length, check_options, check_processor, check_trained_modules
 from .collating import VWLMMDataCollator
 from .lockstep import encode_no_images
 from .means import PositionMeans
 from .model_card import TAGS, is_hub_id, make_model_card, read_training_procedure
+from .no_cache import NoCache
 from .packing import PackedDataset, PackingSampler, count_tokens
 from .sampling import ModalityLengthGroupedSampler, estimate_lengths
 from .stages import METHODS, set_trainable_parameters
@@ -123,6 +125,7 @@ class VWLMMTrainer(SFTTrainer):
         check_options(args, kwargs, uses_peft=is_peft_model(model) or peft_config is not None)
         warn_about_untrained_modules(base_model.config.trained_stages, args)
         if not is_peft_model(model) and peft_config is None:
+            check_trained_modules(args, base_model.config.use_pseudo_image_features)
             set_trainable_parameters(base_model, args.get_trained_modules())
 
         # TRL packs text only, and refuses `packing` with images: here the collator packs both.
@@ -137,12 +140,14 @@ class VWLMMTrainer(SFTTrainer):
         )
         args.packing = packing
 
+        if is_peft_model(self.model):
+            warn_about_unreached_vm_head(base_model, args)
         self._base_model = base_model
         self._config = base_model.config
         self._objectives, self._weights = args.get_objectives()
         # Now, so that PEFT leaves them alone, and not later, because the optimizer has to know them.
         attach_training_modules(base_model, self._objectives, args.seed)
-        base_model.encode_no_images = partial(encode_no_images, runs_tower=self._runs_tower_without_images())
+        self._encode_no_images = partial(encode_no_images, runs_tower=self._runs_tower_without_images())
         check_processor(self.processing_class, self._config)
         check_max_length(train_dataset, args.max_length, self._config.image_seq_length)
         if args.chat_template is not None and not self._is_vision_dataset:
@@ -171,6 +176,7 @@ class VWLMMTrainer(SFTTrainer):
             )
         if packing and isinstance(train_dataset, IterableDataset):
             logger.warning("`packing` of streamed data puts the samples of a micro-batch into one row, and no others.")
+        self._loss_of_step = 0.0
         self._means = {mode: PositionMeans(self._weights) for mode in ("train", "eval")}
 
     def _runs_tower_without_images(self) -> bool:
@@ -238,20 +244,31 @@ class VWLMMTrainer(SFTTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         # Private: no public hook sees the weights that sharded training puts together.
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
+        if self.args.should_save:  # before the model's own weights are saved, which takes these out of `state_dict`
             save_training_modules(self._base_model, output_dir or self.args.output_dir, state_dict)
+        super()._save(output_dir, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # Private, as is all resuming. DeepSpeed has a checkpoint of its own, of all modules, and does not come here.
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_training_modules(self._base_model, resume_from_checkpoint)
+        self._load_training_modules(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         # Private, as is all resuming.
         super()._load_best_model()
         if not self.is_deepspeed_enabled:
-            load_training_modules(self._base_model, self.state.best_model_checkpoint)
+            self._load_training_modules(self.state.best_model_checkpoint)
+
+    def _load_training_modules(self, folder: str) -> None:
+        # FSDP's own checkpoints have them, but for those of PEFT, which have adapters alone.
+        if not self.is_fsdp_enabled or is_peft_model(self.model):
+            load_training_modules(self._base_model, folder)
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        """See `Trainer.get_eval_dataloader`. Raises if the data lack a column that an objective reads."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            self.args.check_columns(eval_dataset)
+        return super().get_eval_dataloader(eval_dataset)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -261,15 +278,22 @@ class VWLMMTrainer(SFTTrainer):
         counts = dict.fromkeys(self._objectives, 0)
         for batch in batches:
             if "supervised_positions" not in batch:  # from a collator of the user's own
+                columns = ("labels", *(c for objective in self._objectives.values() for c in objective.columns))
+                if missing := [column for column in columns if column not in batch]:
+                    raise ValueError(
+                        f"`data_collator` makes batches of {', '.join(batch)}; the objectives read "
+                        f"{', '.join(missing)}, too. Let it add them."
+                    )
+                labels = replace_placeholders(batch["labels"], self._config, token_id=-100)
                 batch["supervised_positions"] = find_supervised_positions(
-                    self._objectives, batch, self._config.image_token_id
+                    self._objectives, {**batch, "labels": labels}, self._config.image_token_id
                 )
             for name, positions in batch["supervised_positions"]["by_objective"].items():
                 counts[name] += len(positions)
         if self.args.average_tokens_across_devices and self.accelerator.num_processes > 1:
-            # The gradients of all processes will be averaged: positions a process make that an average over positions.
+            # Whole numbers: FSDP casts what has a point, and bf16 counts to 256.
             total = self.accelerator.reduce(torch.tensor(list(counts.values()), device=device), "sum")
-            counts = dict(zip(counts, total / self.accelerator.num_processes, strict=True))
+            counts = dict(zip(counts, total, strict=True))
         return batches, counts
 
     def compute_loss(
@@ -286,6 +310,7 @@ class VWLMMTrainer(SFTTrainer):
             # It pads on the right, which no position before sees. Without a mask attention is cheaper, and the host
             # need not look into it.
             inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
+        self._base_model.encode_no_images = self._encode_no_images  # in this call, and in none of the user's own
         outputs = model(
             **inputs,
             # Logits for a caller who asks for outputs, else for no position at all.
@@ -295,16 +320,38 @@ class VWLMMTrainer(SFTTrainer):
             # What evaluation counts are positions of text alone.
             num_items_in_batch=num_items_in_batch if isinstance(num_items_in_batch, Mapping) else None,
             use_cache=False,
+            past_key_values=None if return_outputs else self._make_no_cache(inputs),
         )
-        if self.model.training and not torch.isfinite(outputs.loss):
+        self._base_model.encode_no_images = None
+        loss = outputs.loss
+        if isinstance(num_items_in_batch, Mapping):
+            if self.args.average_tokens_across_devices:
+                # Gradients are averaged over processes, and each process has divided by the positions of all.
+                loss = loss * self.accelerator.num_processes
+            self._check_finite(loss, outputs)
+        means.add_terms(outputs.terms)
+        return (loss, outputs) if return_outputs else loss
+
+    def _check_finite(self, loss: torch.Tensor, outputs: VWLMMCausalLMOutputWithPast) -> None:
+        # Once a step, in the last micro-batch: the host waits for it.
+        self._loss_of_step = self._loss_of_step + loss.detach()
+        if not self.accelerator.sync_gradients:
+            return
+        loss_of_step, self._loss_of_step = self._loss_of_step, 0.0
+        if not torch.isfinite(loss_of_step):
             losses = ", ".join(f"{name} {loss.item()}" for name, loss in outputs.losses.items())
             raise FloatingPointError(
-                f"The loss of step {self.state.global_step + 1} is {outputs.loss.item()} ({losses}). Training stops "
-                f"before this step changes the weights; checkpoints in {self.args.output_dir} are untouched. Lower "
-                "the learning rate, or look at the data of this step."
+                f"The loss of step {self.state.global_step + 1} is {loss_of_step.item()} (of its last micro-batch: "
+                f"{losses}). Training stops before this step changes the weights; checkpoints in "
+                f"{self.args.output_dir} are untouched. Lower the learning rate, or look at the data of this step."
             )
-        means.add_terms(outputs.terms)
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def _make_no_cache(self, inputs: dict[str, Any]) -> NoCache | None:
+        # A layer with checkpointed activations refuses any cache with a warning, and some layers keep other states.
+        layer_types = set(getattr(self._config.text_config, "layer_types", None) or ["full_attention"])
+        is_plain = "attention_mask" not in inputs and "position_ids" not in inputs
+        is_attention = layer_types <= {"full_attention", "sliding_attention"}
+        return NoCache() if is_plain and is_attention and not self._base_model.is_gradient_checkpointing else None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """See `Trainer.log`. Adds the mean of each loss and metric over its positions since the last log."""
@@ -386,4 +433,15 @@ def warn_about_untrained_modules(trained_stages: list[int], args: VWLMMTrainingA
             f"Stage {args.stage} ({stage.name}) builds on stage {number} ({stages[number].name}), which has not run "
             f"on these weights: {', '.join(stages[number].trains)} may never have been trained. Run stage {number} "
             f"first, or start from a checkpoint whose config.json lists it under `trained_stages`."
+        )
+
+
+def warn_about_unreached_vm_head(model: VWLMMForConditionalGeneration, args: VWLMMTrainingArguments) -> None:
+    """Warns if PEFT trains the VM head where it makes targets alone, which get no gradient."""
+    objectives, _ = args.get_objectives()
+    is_read = model.config.use_pseudo_image_features or any("vm_head" in o.teaches for o in objectives.values())
+    if not is_read and any(parameter.requires_grad for parameter in model.model.vm_head.parameters()):
+        logger.warning(
+            f"PEFT trains model.vm_head, which learns nothing from {', '.join(objectives)}. Leave it out of "
+            "`target_modules` and `modules_to_save`, for example with a pattern that names the decoder's matrices."
         )
