@@ -1227,6 +1227,16 @@ class TestCosts:
         assert operations.reads.pop("look for packed rows", 0) == ("packing" in options)
         assert operations.reads == self.READS
 
+    def test_one_in_a_step_that_accumulates(self, make_trainer, labelled):
+        trainer = make_trainer(4, logging_steps=100, per_device_train_batch_size=2, global_batch_size=8)
+        batches = [trainer.data_collator([labelled[2 * i], labelled[2 * i + 1]]) for i in range(4)]
+        batches, counts = trainer.get_batch_samples(iter(batches), 4, torch.device("cpu"))
+        with Operations() as operations:
+            for batch in batches:
+                trainer.accelerator.gradient_state._set_sync_gradients(batch is batches[-1])
+                trainer.training_step(trainer.model, batch, counts)
+        assert operations.reads == self.READS
+
     def test_nor_another_one_in_the_rest_of_the_step(self, make_trainer):
         """Clipping, the optimizer and what lies between steps, without the data loader, which is on the host."""
         operations = Operations()
