@@ -4,17 +4,27 @@
 What is measured. Each case is a function that builds its inputs for a size, and returns one step to time.
 """
 
+import tempfile
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration
+
+    from modeling_vwlmm import VWLMMForConditionalGeneration
+
+
 Step = Callable[[], object]
 
-# positions, hidden size, vocabulary; then of the whole model: layers, hidden size, vocabulary, patches a side, text tokens
+# positions, hidden size, vocabulary
 LOSS_SIZES = {"small": (288, 256, 8000), "full": (1152, 1024, 32000), "7b": (9216, 4096, 32000)}
+WIDE_HIDDEN_SIZE = {"small": 1024, "full": 4096, "7b": 4096}
+# layers, hidden size, vocabulary, patches a side, text tokens
 MODEL_SIZES = {"small": (2, 256, 8000, 12, 24), "full": (8, 512, 32000, 24, 72)}
 
 
@@ -53,7 +63,7 @@ def kl_ours(size: str) -> Step:
 def kl_written_out(size: str) -> Step:
     h, w, x, v = loss_inputs(*LOSS_SIZES[size])
 
-    def step():
+    def step() -> None:
         log_q = F.log_softmax((h @ w.T).float(), dim=-1)
         log_p = F.log_softmax((x @ v.T).float(), dim=-1)
         backward(F.kl_div(log_q, log_p, log_target=True, reduction="sum"), h, w)
@@ -77,13 +87,63 @@ def kl_liger(size: str) -> Step:
     return lambda: backward(loss(h, w, x, v, labels), h, w)
 
 
-def kl_floor(size: str) -> Step:
-    """The four matrix products that no way of computing this can do without."""
-    h, w, x, v = (tensor.detach() for tensor in loss_inputs(*LOSS_SIZES[size]))
+def four_products(
+    student_hidden: torch.Tensor,
+    student_weight: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    teacher_weight: torch.Tensor,
+) -> Step:
+    """
+    The matrix products that no way of computing this loss can do without: logits of student and teacher, and the
+    gradients of hidden states and head, each at once into memory that is there.
+    """
+    h, w, x, v = (tensor.detach() for tensor in (student_hidden, student_weight, teacher_hidden, teacher_weight))
+    logits, teacher_logits = h.new_empty(len(h), len(w)), x.new_empty(len(x), len(v))
+    grad_hidden, grad_weight = torch.empty_like(h), torch.empty_like(w)
 
-    def step():
-        logits, teacher_logits = h @ w.T, x @ v.T
-        return logits @ w, logits.T @ h, teacher_logits
+    def step() -> None:
+        torch.mm(h, w.T, out=logits)
+        torch.mm(x, v.T, out=teacher_logits)
+        torch.mm(logits, w, out=grad_hidden)
+        torch.mm(logits.T, h, out=grad_weight)
+
+    return step
+
+
+def kl_floor(size: str) -> Step:
+    return four_products(*loss_inputs(*LOSS_SIZES[size]))
+
+
+def wide(case: Callable[[str], Step]) -> Callable[[str], Step]:
+    """A case of the loss at the hidden size of a 7B decoder."""
+
+    def wide_case(size: str) -> Step:
+        LOSS_SIZES["wide"] = (LOSS_SIZES[size][0], WIDE_HIDDEN_SIZE[size], LOSS_SIZES[size][2])
+        return case("wide")
+
+    return wide_case
+
+
+def head_gradient(size: str, by_tiles: bool) -> Step:
+    """The head's gradient from bf16 operands, summed in fp32 over three chunks of positions."""
+    from modeling_vwlmm.loss_vwlmm import _add_product
+
+    num_positions, hidden_size, vocab_size = LOSS_SIZES[size]
+    torch.manual_seed(0)
+    options = {"device": device(), "dtype": torch.bfloat16}
+    grad_logits = torch.randn(num_positions // 3, vocab_size, **options)
+    hidden = torch.randn(num_positions // 3, hidden_size, **options)
+
+    def step() -> torch.Tensor:
+        if not by_tiles:
+            total = (grad_logits.T @ hidden).float()  # [C, D]
+            for _ in range(2):
+                total += grad_logits.T @ hidden
+            return total
+        total = None
+        for _ in range(3):
+            total = _add_product(total, grad_logits.T, hidden)
+        return total
 
     return step
 
@@ -105,7 +165,7 @@ def both_separately(size: str) -> Step:
     labels = torch.arange(half, device=h.device)
     options = torch.nn.LinearCrossEntropyOptions()
 
-    def step():
+    def step() -> None:
         text = F.linear_cross_entropy(h[:half], w, labels, reduction="sum", options=options)
         backward(text + linear_kl_div(h[half:], w, x[half:], v), h, w)
 
@@ -115,7 +175,7 @@ def both_separately(size: str) -> Step:
 # ----------------------------------------------------------------------------------------------------- the whole model
 
 
-def make_model(size: str):
+def make_model(size: str) -> "VWLMMForConditionalGeneration":
     """A VW-LMM of the size's decoder, with a vision tower too small to matter."""
     from transformers import CLIPVisionConfig, LlamaConfig
 
@@ -160,7 +220,7 @@ def make_batch(size: str, num_images: int = 2) -> dict[str, torch.Tensor]:
     return {name: tensor.to(device()) for name, tensor in batch.items()}
 
 
-def prepare_stage(size: str, stage: int):
+def prepare_stage(size: str, stage: int) -> tuple["VWLMMForConditionalGeneration", dict[str, torch.Tensor]]:
     from modeling_vwlmm.training.trainer import set_trainable_parameters
 
     model, batch = make_model(size), make_batch(size)
@@ -185,13 +245,13 @@ def make_mixed_batch(size: str) -> dict[str, torch.Tensor]:
 
 
 def mixed_step(size: str, packed: bool) -> Step:
-    from modeling_vwlmm.training.trainer import pack
+    from modeling_vwlmm.training.collating import pack
 
     model, _ = prepare_stage(size, 4)
     batch = make_mixed_batch(size)
     batch = {name: tensor.to(device()) for name, tensor in (pack(batch) if packed else batch).items()}
 
-    def step():
+    def step() -> None:
         model(**batch, visual_objective="visual_words", use_cache=False).loss.backward()
         model.zero_grad()
 
@@ -202,11 +262,46 @@ def stage_step(size: str, stage: int) -> Step:
     objective = {3: "vm_head", 4: "visual_words"}[stage]
     model, batch = prepare_stage(size, stage)
 
-    def step():
+    def step() -> None:
         model(**batch, visual_objective=objective, use_cache=False).loss.backward()
         model.zero_grad()
 
     return step
+
+
+def stage_4_floor(size: str) -> Step:
+    """The decoder, forward and backward from a gradient that is given, and the products of the head."""
+    model, batch = prepare_stage(size, 4)
+    is_image = batch["input_ids"] == model.config.image_token_id  # [B, L]
+    with torch.no_grad():
+        image_features = torch.cat(model.get_image_features(batch["pixel_values"]).pooler_output)  # [I * N, D]
+    hidden = torch.randn(*batch["input_ids"].shape, model.config.text_config.hidden_size, device=device())
+    num_image, num_text = len(image_features), int((batch["labels"] != -100).sum())
+    teacher_hidden = hidden.flatten(0, 1)[:num_image]
+    student_hidden = hidden.flatten(0, 1)[: num_image + num_text]
+    products = four_products(student_hidden, model.lm_head.weight, teacher_hidden, model.model.vm_head.weight)
+
+    def step() -> None:
+        inputs_embeds = model.get_input_embeddings()(batch["input_ids"].masked_fill(is_image, 0))
+        inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None], image_features)  # [B, L, D]
+        decoder = model.model.language_model
+        decoder(inputs_embeds=inputs_embeds, attention_mask=batch["attention_mask"], use_cache=False)[0].backward(
+            hidden
+        )
+        products()
+        model.zero_grad()
+
+    return step
+
+
+def stage_3_floor_bytes(size: str) -> int:
+    """The VM head's gradient, and one chunk of student and teacher logits."""
+    from modeling_vwlmm.loss_vwlmm import _chunks, max_chunk_rows
+
+    _, hidden_size, vocab_size, side, _ = MODEL_SIZES[size]
+    most = max_chunk_rows(device(), vocab_size * 4) // 2
+    chunk = _chunks(0, 2 * side**2, most)[0]
+    return vocab_size * hidden_size * 4 + 2 * (chunk.stop - chunk.start) * vocab_size * 4
 
 
 def stage_step_written_out(size: str, stage: int) -> Step:
@@ -218,7 +313,7 @@ def stage_step_written_out(size: str, stage: int) -> Step:
     model, batch = prepare_stage(size, stage)
     is_image = batch["input_ids"] == model.config.image_token_id  # [B, L]
 
-    def step():
+    def step() -> None:
         with torch.no_grad():
             image_features = torch.cat(model.get_image_features(batch["pixel_values"]).pooler_output)  # [I * N, D]
         inputs_embeds = model.get_input_embeddings()(batch["input_ids"].masked_fill(is_image, 0))
@@ -260,10 +355,10 @@ def scaled_kl(positions: int, vocabulary: int) -> Callable[[str], Step]:
     return case
 
 
-# ------------------------------------------------------------------------------------------------------------ inference
+# ------------------------------------------------------------------------------------------- against TRL's own trainer
 
 
-def make_llava(model):
+def make_llava(model: "VWLMMForConditionalGeneration") -> "LlavaForConditionalGeneration":
     """LLaVA of Transformers around the very modules of a VW-LMM."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
@@ -281,6 +376,72 @@ def make_llava(model):
     llava.model.language_model = model.model.language_model
     llava.lm_head = model.lm_head
     return llava
+
+
+def trainer_step(size: str, ours: bool, compact: bool = False, **settings: Any) -> Step:
+    """
+    A step of stage II with `VWLMMTrainer`, or of TRL's `SFTTrainer` with LLaVA around the same weights: losses,
+    gradients, AdamW. `compact` lets TRL's head score supervised positions alone on a CPU, too, as it does on CUDA.
+    """
+    import trl.trainer.utils
+    from datasets import Dataset
+    from transformers import LlavaProcessor
+    from trl import SFTConfig, SFTTrainer
+
+    from modeling_vwlmm.objectives_vwlmm import find_supervised_positions
+    from modeling_vwlmm.training import VWLMMTrainer, VWLMMTrainingArguments
+    from modeling_vwlmm.training.collating import VWLMMDataCollator
+    from processing_vwlmm import VWLMMProcessor
+
+    model, batch = prepare_stage(size, 2)
+    processor = VWLMMProcessor.from_vision_text_pretrained(
+        "examples/small_world/vision_tower", "examples/small_world/llm"
+    )
+    processor.image_token_id = model.config.image_token_id  # of a vocabulary that only the random text is drawn from
+    folder = tempfile.mkdtemp()
+    settings = {
+        "output_dir": folder,
+        "per_device_train_batch_size": len(batch["input_ids"]),
+        "gradient_accumulation_steps": 1,
+        "report_to": "none",
+        "max_length": None,
+        "use_cpu": device().type == "cpu",
+        **settings,
+    }
+    message = [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": ""}]
+    dataset = Dataset.from_dict({"messages": [message], "images": [["never read"]]})
+    if ours:
+        trainer = VWLMMTrainer(
+            model, VWLMMTrainingArguments(stage=2, **settings), train_dataset=dataset, processing_class=processor
+        )
+        assert isinstance(trainer.data_collator, VWLMMDataCollator)
+        batch["supervised_positions"] = find_supervised_positions(
+            trainer.data_collator.objectives, batch, model.config.image_token_id
+        )
+    else:
+        trl.trainer.utils._use_triton = lambda device: compact or device.type == "cuda"
+        model, placeholder = make_llava(model).train(), model.config.image_token_id
+        batch["input_ids"] = batch["input_ids"].masked_fill(batch["input_ids"] == placeholder, placeholder - 1)
+        processor = LlavaProcessor(
+            image_processor=processor.image_processor,
+            tokenizer=processor.tokenizer,
+            chat_template=processor.chat_template,
+        )
+        trainer = SFTTrainer(model, SFTConfig(**settings), train_dataset=dataset, processing_class=processor)
+    if trainer.args.gradient_checkpointing:
+        trainer.model.activation_checkpointing_enable()
+    wrapped, optimizer = trainer.accelerator.prepare(trainer.model, trainer.create_optimizer())
+
+    def step() -> None:
+        batches, counts = trainer.get_batch_samples(iter([dict(batch)]), 1, device())
+        trainer.training_step(wrapped, batches[0], counts)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+# ----------------------------------------------------------------------------------------------------------- inference
 
 
 def generation_step(size: str, num_new_tokens: int, ours: bool) -> Step:
@@ -320,18 +481,33 @@ def preprocessing_step(size: str, ours: bool) -> Step:
     return lambda: processor(images=images, text=text, padding=True, return_tensors="pt", images_kwargs=settings)
 
 
+# What TRL's trainer takes beside its defaults: `bf16` and checkpointed activations.
+FP32 = {"bf16": False, "gradient_checkpointing": False}
+BF16 = {"bf16": True, "gradient_checkpointing": False}
+
 CASES: dict[str, Callable[[str], Step]] = {
     "kl": kl_ours,
     "kl written out": kl_written_out,
     "kl trl": kl_trl,
     "kl liger": kl_liger,
     "kl floor": kl_floor,
+    "wide kl": wide(kl_ours),
+    "wide kl floor": wide(kl_floor),
+    "bf16 head by tiles": lambda size: head_gradient(size, True),
+    "bf16 head at once": lambda size: head_gradient(size, False),
     "text and kl": both_ours,
     "text and kl apart": both_separately,
     "stage 4": lambda size: stage_step(size, 4),
     "stage 4 written out": lambda size: stage_step_written_out(size, 4),
+    "stage 4 floor": stage_4_floor,
     "stage 3": lambda size: stage_step(size, 3),
     "stage 3 written out": lambda size: stage_step_written_out(size, 3),
+    "trainer": lambda size: trainer_step(size, True, bf16=True),
+    "trainer trl": lambda size: trainer_step(size, False),
+    "trainer bf16": lambda size: trainer_step(size, True, **BF16),
+    "trainer bf16 trl": lambda size: trainer_step(size, False, compact=True, **BF16),
+    "trainer fp32": lambda size: trainer_step(size, True, **FP32),
+    "trainer fp32 trl": lambda size: trainer_step(size, False, compact=True, **FP32),
     "packed": lambda size: mixed_step(size, True),
     "padded": lambda size: mixed_step(size, False),
     "scale": scaled_kl(1, 1),
@@ -344,3 +520,4 @@ CASES: dict[str, Callable[[str], Step]] = {
     "preprocess": lambda size: preprocessing_step(size, True),
     "preprocess llava": lambda size: preprocessing_step(size, False),
 }
+FLOOR_BYTES: dict[str, Callable[[str], int]] = {"stage 3 floor": stage_3_floor_bytes}
