@@ -69,7 +69,7 @@ def main() -> None:
     print("|---|---|---|")
     for name, batches in (
         ("16 random samples", random_batches),
-        ("16 samples, `group_by_length`", cut(grouped.tolist())),
+        ("16 samples, grouped by length", cut(grouped.tolist())),
         ("16 random samples, packed into rows of 2,048", map(row_lengths, random_batches)),
         ("16 rows of 2,048, packed across the dataset", cut(rows)),
     ):
