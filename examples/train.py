@@ -45,6 +45,7 @@ def main(args: list[str] | None = None) -> None:
     dataset = load_llava_dataset(
         script_args.json_file, script_args.image_folder, on_bad_image=script_args.on_bad_image
     )
+    training_args.check_columns(dataset)  # before any weight is loaded
     dtype = model_args.dtype or "float32"
     if model_args.model_name_or_path is None:
         processor = VWLMMProcessor.from_vision_text_pretrained(

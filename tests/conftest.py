@@ -47,6 +47,19 @@ GOLDEN = Path(__file__).parent / "golden"
 
 logging.disable_progress_bar()
 datasets.disable_progress_bars()
+# Settings of a trainer under which a step can be computed by hand.
+BY_HAND = {
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+}
 
 
 @pytest.fixture(scope="session")

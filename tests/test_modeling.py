@@ -349,7 +349,7 @@ class TestGradients:
         assert {name for name, p in model.named_parameters() if p.grad is not None} == {VM_HEAD}
 
     def test_stage_4_reaches_an_adapter_that_its_user_lets_train(self, model, batch):
-        """Not through the targets: with the text's weight at 0 the adapter learns from the decoder's input alone."""
+        """And not the VM head, which makes targets alone."""
         model(**batch, visual_objective="visual_words").loss.backward()
         adapter = names(model, "model.multi_modal_projector.")
         assert gradients(model) >= adapter
@@ -367,7 +367,7 @@ class TestGradients:
 
     @pytest.mark.parametrize("objective", ["visual_words", "token_labels", {"features": 1.0}], ids=str)
     def test_targets_are_detached(self, model, batch, objective):
-        """With one decoder layer's input cut, image features are reached as targets or not at all."""
+        """With the decoder's input cut, image features are reached as targets or not at all."""
         attach_training_modules(model, parse_objectives(objective)[0])
         batch["image_labels"] = torch.full((3, N), 7)
         cut = model.model.language_model.register_forward_pre_hook(

@@ -14,6 +14,7 @@ import datasets
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import BY_HAND
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch.autograd.graph import saved_tensors_hooks
@@ -28,11 +29,14 @@ from modeling_vwlmm import (
     loss_vwlmm,
     objectives_vwlmm,
 )
-from modeling_vwlmm.objectives_vwlmm import parse_objectives
+from modeling_vwlmm.objectives_vwlmm import Term, parse_objectives
 from modeling_vwlmm.training import attach_training_modules
+from modeling_vwlmm.training.checks import check_options
 from modeling_vwlmm.training.collating import VWLMMDataCollator
 from modeling_vwlmm.training.lockstep import encode_no_images
+from modeling_vwlmm.training.means import PositionMeans
 from modeling_vwlmm.training.sampling import ModalityLengthGroupedSampler
+from modeling_vwlmm.training.stages import set_trainable_parameters
 
 
 IMAGE, N, C, D = 480, 16, 480, 48  # placeholder, image tokens of an image, vocabulary, hidden size
@@ -788,16 +792,7 @@ def make_trainer(model, processor, labelled, tmp_path):
             "per_device_train_batch_size": 4,
             "global_batch_size": 8,
             "max_steps": 1,
-            "learning_rate": 1e-2,
-            "lr_scheduler_type": "constant",
-            "warmup_steps": 0,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
+            **BY_HAND,
         }
         return VWLMMTrainer(
             model=model,
@@ -898,7 +893,57 @@ class TestArguments:
 
     def test_the_vm_head_learns_through_pseudo_image_features(self, make_trainer, model):
         model.config.use_pseudo_image_features = True
-        make_trainer(4, trains=["decoder", "mm_head", "vm_head"])
+        before = model.model.vm_head.weight.detach().clone()
+        make_trainer(4, trains=["decoder", "mm_head", "vm_head"]).train()
+        assert not torch.equal(model.model.vm_head.weight, before)
+
+    def test_a_weight_beside_a_mapping_weighs_nothing(self, make_trainer):
+        for weight in (0, 0.5):
+            with pytest.raises(ValueError, match="no name that it could weigh. Write the weight into the mapping"):
+                make_trainer(4, visual_objective={"visual_words": 1.0}, visual_loss_weight=weight)
+        with pytest.raises(ValueError, match="`visual_objective` is None, no name that it could weigh"):
+            make_trainer(2, visual_loss_weight=0.5)
+
+    def test_evaluation_data_without_the_column(self, make_trainer, labelled):
+        trainer = make_trainer(2, visual_objective="token_labels", trainer_kwargs={"eval_dataset": labelled})
+        with pytest.raises(ValueError, match="`token_labels` learns from a column `image_labels`"):
+            trainer.evaluate(labelled.remove_columns("image_labels"))
+
+    def test_a_collator_of_the_user_that_leaves_something_out(self, make_trainer, labelled):
+        trainer = make_trainer(2, visual_objective="token_labels")
+        batch = trainer.data_collator([labelled[0]])
+        del batch["supervised_positions"], batch["image_labels"]
+        with pytest.raises(ValueError, match="the objectives read image_labels, too"):
+            trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+
+    def test_a_collator_of_the_user_whose_labels_are_the_token_ids(self, make_trainer, labelled):
+        trainer = make_trainer(2)
+        batch = trainer.data_collator([labelled[0]])
+        expected = (batch["input_ids"][:, 1:] != IMAGE).sum()
+        batch["labels"] = batch["input_ids"].clone()
+        del batch["supervised_positions"]
+        _, counts = trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+        assert counts == {"language": expected}
+
+    def test_one_process_with_several_gpus_is_refused(self, make_trainer):
+        trainer = make_trainer(2)
+        trainer.args._n_gpu = 2
+        with pytest.raises(ValueError, match="One process sees 2 GPUs.*Start one process for each"):
+            check_options(trainer.args, {}, uses_peft=False)
+
+    def test_a_head_that_is_tied_to_the_embeddings_trains_under_either_name(self, model):
+        model.lm_head.weight = model.get_input_embeddings().weight
+        for modules, trains in ((("lm_head",), True), (("model.language_model",), True), (("model.vm_head",), False)):
+            set_trainable_parameters(model, modules)
+            assert model.lm_head.weight.requires_grad == trains
+
+    def test_sums_that_are_kept_keep_no_graph(self):
+        value = torch.ones((), requires_grad=True)
+        means = PositionMeans({"language": 1.0})
+        for _ in range(2):
+            means.add_terms({"language": Term(2 * value, 2, {"metric": 3 * value})})
+        assert not any(kept.requires_grad for kept in sum(means._sums.values(), []) if isinstance(kept, torch.Tensor))
+        assert means.pop() == {"language_loss": 1.0, "num_text_positions": 4, "metric": 1.5}
 
     def test_weight_of_an_objective_by_name(self, make_trainer):
         assert make_trainer(2, visual_objective="features", visual_loss_weight=0.3).args.get_objectives()[1] == {

@@ -14,7 +14,7 @@ import datasets
 import pytest
 import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
-from conftest import make_image
+from conftest import BY_HAND, make_image
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -31,16 +31,7 @@ SETTINGS = {
     "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 2,
     "max_steps": 2,
-    "learning_rate": 1e-2,
-    "lr_scheduler_type": "constant",
-    "warmup_steps": 0,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
+    **BY_HAND,
 }
 LOSSES = {1: {"language_loss"}, 2: {"language_loss"}, 3: {"visual_loss"}, 4: {"language_loss", "visual_loss"}}
 TRAINS = {2: {"language_model", "lm_head", "multi_modal_projector"}, 3: {"vm_head"}, 4: {"language_model", "lm_head"}}

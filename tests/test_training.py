@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GOLDEN, make_conversation, make_image
+from conftest import BY_HAND, GOLDEN, make_conversation, make_image
 from peft import LoraConfig
 from torch.testing import assert_close
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -58,16 +58,7 @@ def make_trainer(model, processor, dataset, captions, tmp_path):
             "per_device_train_batch_size": 4,
             "global_batch_size": 8,
             "max_steps": 1,
-            "learning_rate": 1e-2,
-            "lr_scheduler_type": "constant",
-            "warmup_steps": 0,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
+            **BY_HAND,
         }
         args = VWLMMTrainingArguments(**{"output_dir": str(tmp_path / "run"), "stage": stage, **defaults, **kwargs})
         if train_dataset is None:

@@ -26,8 +26,9 @@ class PositionMeans:
     def add_terms(self, terms: Mapping[str, Term]) -> None:
         """Adds what the objectives made of a batch."""
         for name, term in terms.items():
-            for key, value in {"loss": term.total.detach(), "positions": term.count, **term.metrics}.items():
-                self._sums[name, key].append(value)
+            for key, value in {"loss": term.total, "positions": term.count, **term.metrics}.items():
+                # Detached: a sum that is kept would keep the graph of its batch.
+                self._sums[name, key].append(value.detach() if isinstance(value, torch.Tensor) else value)
 
     def add_padding(self, num_positions: int, num_padding: int | torch.Tensor) -> None:
         """Adds the positions of a batch to the share of all that are padding."""
@@ -37,8 +38,7 @@ class PositionMeans:
     def pop(self) -> dict[str, float]:
         """The means of all processes, which call this together, under their names in the logs. Begins anew."""
         sums, self._sums = self._sums, defaultdict(list)
-        # Tensor by tensor in the order they came, in double precision: the same however often is logged.
-        read = {key: sum(float(value) for value in values) for key, values in sums.items()}
+        read = {key: _read_sum(values) for key, values in sums.items()}
         totals: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         for process in gather_object([read]):
             for (name, key), total in process.items():
@@ -57,3 +57,10 @@ class PositionMeans:
             total_weight = sum(self.weights[name] for name in visual)
             logs["visual_loss"] = sum(self.weights[name] * logs[f"{name}_loss"] for name in visual) / total_weight
         return logs
+
+
+def _read_sum(values: list[torch.Tensor | int]) -> float:
+    # In double precision, and with one read of the device for all.
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    numbers = [value for value in values if not isinstance(value, torch.Tensor)]
+    return sum(numbers) + (sum(torch.stack(tensors).tolist()) if tensors else 0)
