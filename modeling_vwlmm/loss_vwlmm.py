@@ -107,6 +107,7 @@ def linear_loss(
     return LinearLossOutput(loss, cross_entropies.sum(), kl_div, teacher_entropy, student_entropy)
 
 
+@torch.compiler.disable  # one break around it, in place of several within
 def linear_row_losses(
     student_hidden: torch.Tensor,
     student_weight: torch.Tensor,

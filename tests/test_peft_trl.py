@@ -340,6 +340,27 @@ class TestRecipes:
             assert (script.vision_tower is None, script.language_model is None) == (stage > 1, stage > 1)
             previous = training.output_dir
 
+    def test_objectives_from_the_command_line(self, tmp_path):
+        parser = TrlParser(VWLMMTrainingArguments)
+        common = ["--output_dir", str(tmp_path), "--stage", "4", "--use_cpu", "true", "--bf16", "false"]
+        for text, objective in (("features", "features"), ('{"visual_words": 0.1}', {"visual_words": 0.1})):
+            (args,) = parser.parse_args_and_config(
+                [*common, "--visual_objective", text, "--trains", "adapter", "decoder"]
+            )
+            assert (args.visual_objective, args.trains) == (objective, ["adapter", "decoder"])
+
+    def test_data_without_a_column_are_refused_before_weights_are_looked_for(self, small_world, tmp_path):
+        command = [
+            "--json_file",
+            str(small_world / "instructions.json"),
+            "--image_folder",
+            str(small_world / "images"),
+        ]
+        command += ["--model_name_or_path", str(tmp_path / "nothing"), "--output_dir", str(tmp_path), "--stage", "4"]
+        command += ["--visual_objective", "token_labels", "--use_cpu", "true", "--bf16", "false"]
+        with pytest.raises(ValueError, match="`token_labels` learns from a column `image_labels`"):
+            load_example("train").main(command)
+
     def test_accelerate_launches_the_four_stages(self, small_world, tmp_path, monkeypatch, capfd):
         monkeypatch.chdir(ROOT)  # a recipe names the pretrained parts from here
         for stage in (1, 2, 3, 4):
