@@ -41,6 +41,9 @@ class VWLMMTrainingArguments(SFTConfig):
         chat_template (`str`, *optional*):
             Template of the training prompts: `"vicuna_v1"`, `"mistral"`, `"plain"`, or any Jinja template. The
             processor keeps its own. By default `"plain"` in stages I and III, the processor's in stages II and IV.
+        ignore_data_changes (`bool`, *optional*, defaults to `False`):
+            Whether a run goes on from a checkpoint that was made on other data, or in another order of them: without,
+            it is refused.
 
     > [!NOTE]
     > These arguments have defaults different from `SFTConfig`: `learning_rate` (the stage's),
@@ -87,6 +90,10 @@ class VWLMMTrainingArguments(SFTConfig):
         default=None,
         metadata={"help": "'vicuna_v1', 'mistral', 'plain' or a Jinja template. By default the stage's."},
     )
+    ignore_data_changes: bool = field(
+        default=False,
+        metadata={"help": "Whether to resume from a checkpoint that was made on other data, or in another order."},
+    )
 
     learning_rate: float | None = field(
         default=None, metadata={"help": "Peak learning rate. By default the stage's: 1e-3 or 2e-5."}
@@ -125,6 +132,11 @@ class VWLMMTrainingArguments(SFTConfig):
             # Batches are cut and handed out by rows elsewhere, and images are no rows of a batch.
             self.accelerator_config = {"dispatch_batches": False}
         super().__post_init__()
+        if self.enable_jit_checkpoint:
+            raise ValueError(
+                "`enable_jit_checkpoint` is set. `VWLMMTrainer` saves a checkpoint at SIGTERM and at SIGUSR1 without. "
+                "Leave it out."
+            )
         if self.auto_find_batch_size:
             raise ValueError(
                 "`auto_find_batch_size` would shrink the global batch without a word. Lower "

@@ -7,10 +7,14 @@ from typing import Any
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from transformers import ProcessorMixin
+from transformers.utils import logging
 
 from ..configuration_vwlmm import VWLMMConfig
 from .arguments import VWLMMTrainingArguments
 from .stages import DECODER, MODULES
+
+
+logger = logging.get_logger(__name__)
 
 
 def all_datasets(datasets: Any) -> list[Dataset | IterableDataset]:
@@ -53,6 +57,31 @@ def check_options(args: VWLMMTrainingArguments, kwargs: dict, uses_peft: bool) -
         raise ValueError(
             f"Stage {args.stage} trains {', '.join(args.get_trained_modules())} alone, which PEFT would freeze. Use "
             "PEFT in stages 2 and 4, or leave `peft_config` out."
+        )
+
+
+def check_stream_options(args: VWLMMTrainingArguments) -> None:
+    """Refuses, or names, what streamed training data cannot follow."""
+    ignored = {
+        "train_sampling_strategy": args.train_sampling_strategy != "random",
+        "length_column_name": args.length_column_name != "length",
+    }
+    for name, is_set in ignored.items():
+        if is_set:
+            raise ValueError(
+                f"`{name}` is {getattr(args, name)!r}, and the training data are streamed: they come in their own "
+                "order, and nothing is known of a sample before it is read. Leave it out, or load the data without "
+                "`streaming`. `IterableDataset.shuffle` draws from a buffer."
+            )
+    if args.dataloader_num_workers > 1 and not args.dataloader_in_order:
+        raise ValueError(
+            "`dataloader_in_order` is off, and the training data are streamed: which sample comes in which step would "
+            "be left to chance. Leave it on."
+        )
+    if args.num_train_epochs != 1:
+        logger.warning(
+            f"`num_train_epochs` is {args.num_train_epochs}, and the training data are streamed: `max_steps`, "
+            f"{args.max_steps}, says how long they train, in as many passes over the data as that takes."
         )
 
 

@@ -35,6 +35,19 @@ class PositionMeans:
         self._sums["", "positions"].append(num_positions)
         self._sums["", "padding_share"].append(num_padding)
 
+    def state_dict(self) -> list[tuple[str, str, list[float]]]:
+        """The sums of this process. Reads the device."""
+        return [
+            (name, key, [value.item() if isinstance(value, torch.Tensor) else value for value in values])
+            for (name, key), values in self._sums.items()
+        ]
+
+    def load_state_dict(self, state_dicts: list[list[tuple[str, str, list[float]]]]) -> None:
+        """Goes on with sums, of one process or several."""
+        self._sums = defaultdict(list)
+        for name, key, values in (entry for state_dict in state_dicts for entry in state_dict):
+            self._sums[name, key] += values
+
     def pop(self) -> dict[str, float]:
         """The means of all processes, which call this together, under their names in the logs. Begins anew."""
         sums, self._sums = self._sums, defaultdict(list)

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One trainer for the four stages of VW-LMM."""
 
+import json
+import shutil
 from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import islice
@@ -9,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.data_loader import IterableDatasetShard
+from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
 from huggingface_hub import ModelCard
 from torch import nn
@@ -22,7 +25,9 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import BatchRebalanceSampler
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
@@ -32,8 +37,28 @@ from ..objectives_vwlmm import find_supervised_positions
 from ..outputs_vwlmm import VWLMMCausalLMOutputWithPast
 from ..placeholders_vwlmm import replace_placeholders
 from .arguments import VWLMMTrainingArguments
-from .checks import all_datasets, check_max_length, check_options, check_processor, check_trained_modules
+from .checkpoints import (
+    INCOMPLETE,
+    RUN_STATE,
+    StopSignals,
+    TrainingInterrupted,
+    check_run,
+    describe_data,
+    describe_run,
+    find_last_checkpoint,
+    publish_checkpoint,
+    remove_incomplete_checkpoints,
+)
+from .checks import (
+    all_datasets,
+    check_max_length,
+    check_options,
+    check_processor,
+    check_stream_options,
+    check_trained_modules,
+)
 from .collating import VWLMMDataCollator
+from .data_order import FilledBatchCollator, FilledDataset, FullMicroStepSampler, GlobalStream, RandomOrderSampler
 from .lockstep import encode_no_images
 from .means import PositionMeans
 from .model_card import TAGS, is_hub_id, make_model_card, read_training_procedure
@@ -123,6 +148,8 @@ class VWLMMTrainer(SFTTrainer):
                 "adapter).merge_and_unload()`, or pass the `PeftModel` to go on training the adapter."
             )
         check_options(args, kwargs, uses_peft=is_peft_model(model) or peft_config is not None)
+        if isinstance(train_dataset, IterableDataset):
+            check_stream_options(args)
         warn_about_untrained_modules(base_model.config.trained_stages, args)
         if not is_peft_model(model) and peft_config is None:
             check_trained_modules(args, base_model.config.use_pseudo_image_features)
@@ -177,6 +204,12 @@ class VWLMMTrainer(SFTTrainer):
         if packing and isinstance(train_dataset, IterableDataset):
             logger.warning("`packing` of streamed data puts the samples of a micro-batch into one row, and no others.")
         self._loss_of_step = 0.0
+        self._data = describe_data(train_dataset)
+        self._num_steps_taken = 0
+        self._is_saving = False
+        self._stop_signals = StopSignals()
+        self._stop_votes: torch.Tensor | None = None
+        self._stops = False
         self._means = {mode: PositionMeans(self._weights) for mode in ("train", "eval")}
 
     def _runs_tower_without_images(self) -> bool:
@@ -191,11 +224,45 @@ class VWLMMTrainer(SFTTrainer):
         needed = ["id", *(column for objective in self._objectives.values() for column in objective.columns)]
         self._signature_columns += [column for column in needed if column not in self._signature_columns]
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """See `Trainer.train`. Writes the stage into `config.trained_stages`."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """
+        See `Trainer.train`. Writes the stage into `config.trained_stages`.
+
+        Raises:
+            ValueError: If the checkpoint to resume from is not whole, of another stage, method or model, or of other
+                data (without `ignore_data_changes`).
+            TrainingInterrupted: If SIGTERM or SIGUSR1 came, and a checkpoint has been saved. As a `SystemExit` it ends
+                the process with code 143.
+        """
         if self.args.stage not in self._config.trained_stages:
             self._config.trained_stages = [*self._config.trained_stages, self.args.stage]
-        return super().train(*args, **kwargs)
+        checkpoint = self._find_checkpoint(resume_from_checkpoint)
+        self.remove_callback(RunStateCallback)
+        self.add_callback(RunStateCallback(self, checkpoint))
+        with self._stop_signals:
+            output = super().train(checkpoint, *args, **kwargs)
+        if self._stops and self.state.global_step < self.state.max_steps:
+            raise TrainingInterrupted(Path(self.args.output_dir, f"checkpoint-{self.state.global_step}"))
+        return output
+
+    def _find_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        self._num_steps_taken, self._stops = 0, False
+        if self.args.should_save:
+            remove_incomplete_checkpoints(self.args.output_dir)
+        checkpoint = resume_from_checkpoint or None
+        if checkpoint is True:
+            checkpoint = find_last_checkpoint(self.args.output_dir)
+            if checkpoint is None:
+                raise ValueError(f"{self.args.output_dir} has no whole checkpoint to resume from.")
+        if checkpoint is not None:
+            check_run(checkpoint, self._describe_run(), self.args.ignore_data_changes)
+            if not self.args.ignore_data_skip:
+                state = TrainerState.load_from_json(Path(checkpoint, TRAINER_STATE_NAME))
+                self._num_steps_taken = state.global_step
+        return checkpoint
+
+    def _describe_run(self) -> dict[str, dict[str, Any]]:
+        return describe_run(self.args, self._config, self._data, uses_peft=is_peft_model(self.model))
 
     def get_train_dataloader(self) -> DataLoader:
         """See `Trainer.get_train_dataloader`. With `packing` its batches are rows of samples."""
@@ -226,21 +293,121 @@ class VWLMMTrainer(SFTTrainer):
         # Private: Transformers has no public way to bring a sampler.
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if isinstance(dataset, PackedDataset):
-            return self._follow_epochs(dataset.sampler)
-        groups = self.args.train_sampling_strategy == "group_by_length"
-        if not groups or not isinstance(dataset, Dataset) or "images" not in dataset.column_names:
+            return dataset.sampler
+        if self.args.train_sampling_strategy == "random":
+            return RandomOrderSampler(len(dataset), self._get_data_seed())
+        if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
-        lengths, has_images = estimate_lengths(dataset, self._config.image_seq_length)
+        if "images" in dataset.column_names:
+            lengths, has_images = estimate_lengths(dataset, self._config.image_seq_length)
+        else:  # text, which TRL has made tokens of
+            lengths, has_images = [len(ids) for ids in dataset["input_ids"]], [False] * len(dataset)
         if self.args.length_column_name in dataset.column_names:
             lengths = dataset[self.args.length_column_name][:]  # a list: a column would be read sample by sample
-        return self._follow_epochs(
-            ModalityLengthGroupedSampler(self.args.global_batch_size, lengths, has_images, self._get_data_seed())
-        )
+        return ModalityLengthGroupedSampler(self.args.global_batch_size, lengths, has_images, self._get_data_seed())
 
-    def _follow_epochs(self, sampler: Sampler) -> Sampler:
-        self.remove_callback(SamplerEpoch)  # of an earlier data loader
-        self.add_callback(SamplerEpoch(sampler))
-        return sampler
+    def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
+        # Private, and the one place where the data, their sampler and their collator meet.
+        if not is_training:
+            return super()._get_dataloader(dataset, *args, **kwargs)
+        config, processes = self.args, self.accelerator
+        if processes.split_batches or processes.dispatch_batches:
+            raise ValueError(
+                "`accelerator_config` has `split_batches` or `dispatch_batches`, which cut batches by rows; images "
+                "are no rows of a batch. Leave them out: processes read batches of their own."
+            )
+        collator, self.data_collator = self.data_collator, FilledBatchCollator(self.data_collator)
+        try:
+            if isinstance(dataset, IterableDataset):
+                stream = GlobalStream(
+                    self._remove_unused_columns(dataset, "Training"),
+                    config.max_steps,
+                    config.global_batch_size,
+                    config.per_device_train_batch_size,
+                    processes.num_processes,
+                    processes.process_index,
+                    config.dataloader_drop_last,
+                )
+                stream.num_steps_taken = self._num_steps_taken
+                loader = super()._get_dataloader(stream, *args, is_training=True, **kwargs)
+                if isinstance(loader.dataset, IterableDatasetShard):  # it has shared the samples out already
+                    loader.dataset.num_processes, loader.dataset.process_index = 1, 0
+                return loader
+            sampler = kwargs.pop("sampler_fn")(dataset)
+            if not isinstance(sampler, BatchRebalanceSampler):  # whose micro-batches are of different sizes
+                sampler = FullMicroStepSampler(
+                    sampler,
+                    config.per_device_train_batch_size * processes.num_processes,
+                    config.global_batch_size,
+                    config.dataloader_drop_last,
+                )
+                self.remove_callback(SamplerEpoch)  # of an earlier data loader
+                self.add_callback(SamplerEpoch(sampler))
+            if isinstance(dataset, Dataset):
+                dataset = self._remove_unused_columns(dataset, "Training")
+            return super()._get_dataloader(
+                FilledDataset(dataset), *args, sampler_fn=lambda _: sampler, is_training=True, **kwargs
+            )
+        finally:
+            self.data_collator = collator
+
+    def _get_output_dir(self, trial: Any) -> str:
+        # Private, as is all saving: where a checkpoint is written until all of it is there.
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder, INCOMPLETE)) if self._is_saving else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # Private, as is all saving.
+        output_dir, step = Path(self._get_output_dir(trial)), self.state.global_step
+        name = f"checkpoint-{step}"
+        checkpoint, written = output_dir / name, output_dir / INCOMPLETE / name
+        best = output_dir / f"checkpoint-{self.state.best_global_step}"
+        if self.args.should_save:
+            shutil.rmtree(written, ignore_errors=True)
+        run_state = {**self._describe_run(), "since_last_log": gather_object([self._get_sums_since_last_log()])}
+        self.accelerator.wait_for_everyone()
+        if self.state.best_global_step and (best.exists() or best == checkpoint):
+            self.state.best_model_checkpoint = str(best)
+        self._is_saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._is_saving = False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            if best == checkpoint:
+                self.state.best_model_checkpoint = str(best)
+                self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+            publish_checkpoint(written, checkpoint, run_state)
+        self.accelerator.wait_for_everyone()
+        if self.is_local_process_zero() and written.exists():  # of processes whose disk is another
+            publish_checkpoint(written, checkpoint, run_state)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(checkpoint))
+        if self.args.should_save:
+            rotate_checkpoints(
+                str(output_dir), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
+            )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Private, as is all saving.
+        if not self._is_saving:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _get_sums_since_last_log(self) -> dict[str, Any]:
+        return {
+            "step": self._globalstep_last_logged,
+            "loss": self._tr_loss.item(),
+            "means": self._means["train"].state_dict(),
+        }
+
+    def _set_sums_since_last_log(self, processes: list[dict[str, Any]]) -> None:
+        index, is_same_layout = self.accelerator.process_index, len(processes) == self.accelerator.num_processes
+        loss = sum(process["loss"] for process in processes) / len(processes)  # of which the mean is logged
+        self._globalstep_last_logged = processes[0]["step"]
+        self._tr_loss += processes[index]["loss"] if is_same_layout else loss
+        mine = processes[index : index + 1] if is_same_layout else [] if index else processes
+        self._means["train"].load_state_dict([process["means"] for process in mine])
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         # Private: no public hook sees the weights that sharded training puts together.
@@ -288,12 +455,18 @@ class VWLMMTrainer(SFTTrainer):
                 batch["supervised_positions"] = find_supervised_positions(
                     self._objectives, {**batch, "labels": labels}, self._config.image_token_id
                 )
+            if batch.pop("is_filler", False):
+                ignore_all_positions(batch)
             for name, positions in batch["supervised_positions"]["by_objective"].items():
                 counts[name] += len(positions)
-        if self.args.average_tokens_across_devices and self.accelerator.num_processes > 1:
+        if self.accelerator.num_processes > 1:
             # Whole numbers: FSDP casts what has a point, and bf16 counts to 256.
-            total = self.accelerator.reduce(torch.tensor(list(counts.values()), device=device), "sum")
-            counts = dict(zip(counts, total, strict=True))
+            votes = int(self._stop_signals.received)
+            *total, self._stop_votes = self.accelerator.reduce(
+                torch.tensor([*counts.values(), votes], device=device), "sum"
+            )
+            if self.args.average_tokens_across_devices:
+                counts = dict(zip(counts, total, strict=True))
         return batches, counts
 
     def compute_loss(
@@ -338,7 +511,10 @@ class VWLMMTrainer(SFTTrainer):
         if not self.accelerator.sync_gradients:
             return
         loss_of_step, self._loss_of_step = self._loss_of_step, 0.0
-        if not torch.isfinite(loss_of_step):
+        is_finite = torch.isfinite(loss_of_step)
+        if self._stop_votes is not None:  # a signal, of which one process may know alone
+            is_finite, self._stops = torch.stack([is_finite.long(), self._stop_votes]).tolist()
+        if not is_finite:
             losses = ", ".join(f"{name} {loss.item()}" for name, loss in outputs.losses.items())
             raise FloatingPointError(
                 f"The loss of step {self.state.global_step + 1} is {loss_of_step.item()} (of its last micro-batch: "
@@ -409,6 +585,40 @@ class SamplerEpoch(TrainerCallback):
     ) -> None:
         """See `TrainerCallback.on_epoch_begin`."""
         self.sampler.set_epoch(int(state.epoch or 0))
+
+
+class RunStateCallback(TrainerCallback):
+    """Goes on with the sums since the last log of a resumed run, and ends a run that a signal asks to."""
+
+    def __init__(self, trainer: VWLMMTrainer, checkpoint: str | None) -> None:
+        self.trainer = trainer
+        self.checkpoint = checkpoint
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """See `TrainerCallback.on_train_begin`."""
+        if self.checkpoint is not None:
+            run_state = json.loads(Path(self.checkpoint, RUN_STATE).read_text())
+            self.trainer._set_sums_since_last_log(run_state["since_last_log"])
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """See `TrainerCallback.on_step_end`."""
+        if self.trainer.accelerator.num_processes == 1:
+            self.trainer._stops = self.trainer._stop_signals.received
+        if self.trainer._stops:
+            logger.warning(f"A signal came: the run saves a checkpoint of step {state.global_step}, and ends.")
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False  # there may be little time
+
+
+def ignore_all_positions(batch: dict[str, Any]) -> None:
+    """Leaves no position of a batch supervised, and counts all as padding."""
+    positions = batch["supervised_positions"]
+    positions["by_objective"] = {name: indices[:0] for name, indices in positions["by_objective"].items()}
+    positions["num_padding"] = batch["input_ids"].numel()
 
 
 def count_padding(batch: dict[str, Any]) -> int | torch.Tensor:
