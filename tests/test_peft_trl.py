@@ -151,9 +151,13 @@ class TestAdapters:
         assert all(any(f"{module}.modules_to_save" in name for name in trained) for module in modules)
 
     @pytest.mark.parametrize("stage", [2, 4])
-    @pytest.mark.parametrize("target_modules", [["q_proj", "v_proj"], "all-linear"], ids=str)
-    def test_every_adapter_that_the_loss_can_reach_learns(self, make_trainer, model, stage, target_modules):
+    @pytest.mark.parametrize("target_modules", [["q_proj", "v_proj"], ".*(q_proj|linear_1|vm_head)"], ids=str)
+    def test_every_adapter_that_the_loss_can_reach_learns(
+        self, make_trainer, model, stage, target_modules, monkeypatch
+    ):
         """The vision tower has a `q_proj` as well. The VM head is a linear layer, and makes targets alone."""
+        found = []
+        monkeypatch.setattr("modeling_vwlmm.training.trainer.logger.warning", lambda message: found.append(message))
         trainer = make_trainer(stage, LoraConfig(target_modules=target_modules))
         before = weights(trainer.model)
         assert any("vision_tower" in name and "lora_" in name for name in before)
@@ -164,15 +168,27 @@ class TestAdapters:
         assert changed(trainer.model, before) == {
             name for name in before if "lora_" in name and not any(module in name for module in unread)
         }
+        (message,) = [message for message in found if "no loss of this run depends on them" in message]
+        assert f"vision_tower.encoder.layers.{last}." in message
 
-    def test_vm_head_that_makes_targets_alone_is_named(self, make_trainer, monkeypatch):
-        found = []
-        monkeypatch.setattr("modeling_vwlmm.training.trainer.logger.warning", lambda message: found.append(message))
-        make_trainer(4, LoraConfig(target_modules="all-linear"))
-        assert any("PEFT trains model.vm_head, which learns nothing from language, visual_words" in m for m in found)
+    @pytest.mark.parametrize(
+        ("stage", "where"), [(2, {"language_model", "multi_modal_projector"}), (4, {"language_model"})]
+    )
+    @pytest.mark.parametrize("excluded", [None, ["gate_proj"], r".*gate_proj"], ids=str)
+    def test_all_linear_takes_what_the_stage_trains(self, make_trainer, stage, where, excluded):
+        peft_config = LoraConfig(target_modules="all-linear", exclude_modules=excluded)
+        trainer = make_trainer(stage, peft_config)
+        before = weights(trainer.model)
+        adapters = {name for name in before if "lora_" in name}
+        assert {name.split(".")[3] for name in adapters} == where
+        assert any("up_proj" in name for name in adapters)
+        assert any("gate_proj" in name for name in adapters) == (excluded is None)
+        trainer.train()
+        assert changed(trainer.model, before) == adapters
+        assert peft_config.exclude_modules in (None, excluded, set(excluded or ()))  # the user's own stays
 
     def test_vm_head_with_lora_makes_pseudo_image_features(self, make_trainer):
-        trainer = make_trainer(4, LoraConfig(target_modules="all-linear"))
+        trainer = make_trainer(4, LoraConfig(target_modules=".*(q_proj|vm_head)"))
         trainer.model.get_base_model().config.use_pseudo_image_features = True
         before = weights(trainer.model)
         trainer.train()

@@ -837,17 +837,38 @@ class TestCheckpoints:
         following.train()
         assert following.model.dtype == torch.float32
 
-    def test_training_again_names_a_stage_once(self, make_trainer, model):
-        for _ in range(2):
-            make_trainer(4).train()
-        assert model.config.trained_stages == [1, 2, 3, 4]
+    def test_stages_are_recorded_in_order_with_repeats(self, make_trainer, model):
+        for stage in (2, 2, 4):
+            make_trainer(stage).train()
+        assert model.config.trained_stages == [1, 2, 3, 4, 2, 2, 4]
 
-    def test_stage_counts_only_when_it_has_run(self, make_trainer, model):
+    def test_stage_counts_only_when_it_has_ended(self, make_trainer, model, vicuna, tmp_path):
+        """Not before its last step, and once, also where its last checkpoint is resumed."""
+
+        def saved(step):
+            return json.loads((tmp_path / f"run/checkpoint-{step}/config.json").read_text())["trained_stages"]
+
         model.config.trained_stages = []
-        trainer = make_trainer(2)
+        settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+        trainer = make_trainer(2, **settings)
         assert model.config.trained_stages == []
         trainer.train()
         assert model.config.trained_stages == [2]
+        assert (saved(1), saved(2)) == ([], [2])
+
+        for folder, step, expected in ((vicuna, 1, [2]), (vicuna, 2, [2]), (tmp_path / "run/checkpoint-2", 2, [2])):
+            again = VWLMMForConditionalGeneration.from_pretrained(folder)
+            if folder == vicuna:
+                again.config.trained_stages = []
+            make_trainer(2, model=again, **settings).train(f"{tmp_path}/run/checkpoint-{step}")
+            assert again.config.trained_stages == expected
+
+    def test_stage_that_fails_does_not_count(self, make_trainer, model):
+        model.config.trained_stages = []
+        trainer = make_trainer(2, trainer_kwargs={"callbacks": [NotANumber()]}, max_steps=4)
+        with pytest.raises(FloatingPointError):
+            trainer.train()
+        assert model.config.trained_stages == []
 
 
 class NotANumber(TrainerCallback):

@@ -8,11 +8,39 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from transformers.utils import is_torch_bf16_gpu_available
+from transformers.utils import is_torch_bf16_gpu_available, logging
 from trl import SFTConfig
 
 from ..objectives_vwlmm import Objective, parse_objectives
 from .stages import METHODS, MODULES
+
+
+logger = logging.get_logger(__name__)
+
+# Arguments that follow from others where they are not given.
+STAGE_DEFAULTS = (
+    "learning_rate",
+    "chat_template",
+    "visual_objective",
+    "global_batch_size",
+    "gradient_accumulation_steps",
+)
+
+
+class StageDefault:
+    """A value that follows from the stage or from the batch sizes, and does so anew when arguments are copied."""
+
+
+class StageDefaultFloat(StageDefault, float):
+    """See [`StageDefault`]."""
+
+
+class StageDefaultInt(StageDefault, int):
+    """See [`StageDefault`]."""
+
+
+class StageDefaultStr(StageDefault, str):
+    """See [`StageDefault`]."""
 
 
 @dataclass
@@ -121,10 +149,18 @@ class VWLMMTrainingArguments(SFTConfig):
             *others, last = stages
             raise ValueError(f"`stage` is {self.stage!r}; expected {', '.join(map(str, others))} or {last}.")
         stage = stages[self.stage]
+        for name in STAGE_DEFAULTS:
+            if isinstance(getattr(self, name), StageDefault):  # of another instance: see `dataclasses.replace`
+                setattr(self, name, None)
         if self.learning_rate is None:
-            self.learning_rate = stage.learning_rate
-        if self.chat_template is None:
-            self.chat_template = stage.chat_template
+            self.learning_rate = StageDefaultFloat(stage.learning_rate)
+        if self.chat_template is not None and self.chat_template_path is not None:
+            raise ValueError(
+                "`chat_template` and `chat_template_path` are both set, and prompts have one template. Leave one of "
+                "the two out."
+            )
+        if self.chat_template is None and self.chat_template_path is None and stage.chat_template is not None:
+            self.chat_template = StageDefaultStr(stage.chat_template)
         if self.bf16 is None and not is_torch_bf16_gpu_available():
             self.bf16 = False
         self._resolve_batch_size(stage.global_batch_size)
@@ -150,9 +186,9 @@ class VWLMMTrainingArguments(SFTConfig):
             raise ValueError(
                 f"`visual_loss_weight` is {self.visual_loss_weight}; expected a finite number that is not negative."
             )
-        if self.visual_objective is None:
+        if self.visual_objective is None and stage.visual_objective is not None:
             is_dropped = stage.visual_objective == "visual_words" and self.visual_loss_weight == 0
-            self.visual_objective = None if is_dropped else stage.visual_objective
+            self.visual_objective = None if is_dropped else StageDefaultStr(stage.visual_objective)
         is_dropped = self.visual_objective is None and self.visual_loss_weight == 0
         if self.visual_loss_weight != 1 and not isinstance(self.visual_objective, str) and not is_dropped:
             raise ValueError(
@@ -160,8 +196,11 @@ class VWLMMTrainingArguments(SFTConfig):
                 f"{self.visual_objective}, no name that it could weigh. Write the weight into the mapping of "
                 "`visual_objective`."
             )
-        if self.visual_objective == "vm_head":
-            # The weight of the only loss would be another learning rate.
+        if self.visual_objective == "vm_head" and self.visual_loss_weight != 1:
+            logger.warning(
+                f"`visual_loss_weight` is {self.visual_loss_weight}, and the loss of the VM head is the only one: its "
+                "weight would be another learning rate. It is 1."
+            )
             self.visual_loss_weight = 1.0
         self.get_objectives()
 
@@ -210,10 +249,10 @@ class VWLMMTrainingArguments(SFTConfig):
                     f"{self.gradient_accumulation_steps} is {size}. Leave `gradient_accumulation_steps` out: it "
                     "follows from the other three."
                 )
-            self.global_batch_size = size
+            self.global_batch_size = StageDefaultInt(size)
             return
         if self.global_batch_size is None:
-            self.global_batch_size = default
+            self.global_batch_size = StageDefaultInt(default)
         if self.global_batch_size < 1 or self.global_batch_size % micro_step:
             below = self.global_batch_size // micro_step * micro_step
             sizes = " or ".join(str(size) for size in (below, below + micro_step) if size)
@@ -229,4 +268,4 @@ class VWLMMTrainingArguments(SFTConfig):
                 f"micro-step (per_device_train_batch_size={self.per_device_train_batch_size} x {num_processes} "
                 f"processes). Set it to {sizes}{remedy}."
             )
-        self.gradient_accumulation_steps = self.global_batch_size // micro_step
+        self.gradient_accumulation_steps = StageDefaultInt(self.global_batch_size // micro_step)

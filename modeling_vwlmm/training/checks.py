@@ -2,16 +2,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the trainer refuses before it begins."""
 
-from typing import Any
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
+from torch import nn
 from transformers import ProcessorMixin
 from transformers.utils import logging
 
 from ..configuration_vwlmm import VWLMMConfig
 from .arguments import VWLMMTrainingArguments
 from .stages import DECODER, MODULES
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig  # an optional dependency
 
 
 logger = logging.get_logger(__name__)
@@ -38,7 +46,23 @@ def check_options(args: VWLMMTrainingArguments, kwargs: dict, uses_peft: bool) -
             "`packing` puts samples of unlike length together, `train_sampling_strategy='group_by_length'` those of "
             "like length. Leave one of them out."
         )
-    if args.packing and args.max_length is None:
+    if args.packing_strategy != "bfd" and (args.packing or args.eval_packing):
+        raise ValueError(
+            f"`packing_strategy` is {args.packing_strategy!r}, and samples with images are packed by best fit alone, "
+            "'bfd', which cuts none. Leave it out."
+        )
+    if args.shuffle_dataset and args.train_sampling_strategy == "sequential":
+        raise ValueError(
+            "`shuffle_dataset` is set, and `train_sampling_strategy='sequential'` keeps the order of the dataset. "
+            "Leave both out: 'random' shuffles anew in every epoch."
+        )
+    parallelism = args.parallelism_config
+    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+        raise ValueError(
+            "`parallelism_config` shares one sequence among processes (`cp_size` or `sp_size`), where no process has "
+            "all positions that the losses read. Leave both at 1; FSDP and ZeRO share weights."
+        )
+    if (args.packing or args.eval_packing) and args.max_length is None:
         raise ValueError("`packing` fills rows of `max_length` tokens, which is None. Set it.")
     if args.n_gpu > 1:
         raise ValueError(
@@ -83,6 +107,32 @@ def check_stream_options(args: VWLMMTrainingArguments) -> None:
             f"`num_train_epochs` is {args.num_train_epochs}, and the training data are streamed: `max_steps`, "
             f"{args.max_steps}, says how long they train, in as many passes over the data as that takes."
         )
+
+
+def restrict_all_linear(peft_config: "PeftConfig", model: nn.Module, modules: Sequence[str]) -> "PeftConfig":
+    """
+    A copy of a PEFT config whose `target_modules="all-linear"` are those of the modules that a stage trains.
+
+    Args:
+        peft_config (`PeftConfig`): The config. One that names its target modules stays as it is.
+        model (`nn.Module`): The model.
+        modules (`Sequence[str]`): Paths of the modules that the stage trains.
+    """
+    if getattr(peft_config, "target_modules", None) != "all-linear":
+        return peft_config
+    trained = tuple(f"{module}." for module in modules)
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    left_out = [name for name in linear if not f"{name}.".startswith(trained)]
+    logger.warning(
+        f"`target_modules='all-linear'` takes those of {', '.join(modules)}, which the stage trains, and leaves out "
+        f"the {len(left_out)} linear layers of other modules. Name the modules to have adapters elsewhere, too."
+    )
+    excluded = peft_config.exclude_modules
+    if isinstance(excluded, str):
+        excluded = "|".join([f"(?:{excluded})", *map(re.escape, left_out)])
+    else:
+        excluded = [*(excluded or ()), *left_out]
+    return replace(peft_config, exclude_modules=excluded)
 
 
 def check_trained_modules(args: VWLMMTrainingArguments, use_pseudo_image_features: bool) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jinja2 import TemplateError
 from torch.nn.utils.rnn import pad_sequence
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
@@ -56,7 +57,8 @@ class VWLMMDataCollator(DataCollatorForVisionLanguageModeling):
         if isinstance(examples[0], list):
             self._check_rows(rows, batch["attention_mask"].sum(dim=1))
         if self.packing:
-            batch = pack(batch, [len(samples)] if self.flattens_rows else [len(row) for row in rows])
+            row_sizes = [len(samples)] if self.flattens_rows else [len(row) for row in rows]
+            batch = pack(batch, row_sizes, self.pad_to_multiple_of)
         batch["supervised_positions"] = find_supervised_positions(self.objectives, batch, image_token_id)
         batch["supervised_positions"]["num_padding"] = batch["input_ids"].numel() - num_tokens
         return batch
@@ -77,13 +79,16 @@ class VWLMMDataCollator(DataCollatorForVisionLanguageModeling):
         return batch
 
 
-def pack(batch: dict[str, torch.Tensor], row_sizes: Sequence[int] | None = None) -> dict[str, torch.Tensor]:
+def pack(
+    batch: dict[str, torch.Tensor], row_sizes: Sequence[int] | None = None, pad_to_multiple_of: int | None = None
+) -> dict[str, torch.Tensor]:
     """
     Puts the samples of a padded batch behind each other. Images keep their order.
 
     Args:
         batch (`dict[str, torch.Tensor]`): A sample in each row, `[S, L]`.
         row_sizes (`Sequence[int]`, *optional*): How many samples go into each row. By default one row takes all.
+        pad_to_multiple_of (`int`, *optional*): What the length of the rows is to be a multiple of.
 
     Returns:
         The batch with `input_ids`, `labels` and `position_ids`, `[rows, L']`, and without `attention_mask`. What fills
@@ -101,5 +106,6 @@ def pack(batch: dict[str, torch.Tensor], row_sizes: Sequence[int] | None = None)
         ("position_ids", position_ids, 0),
     ):
         parts = zip(rows.split(row_sizes), is_token.split(row_sizes), strict=True)
-        packed[name] = pad_sequence([part[is_part] for part, is_part in parts], True, filling)  # [rows, L']
+        tokens = pad_sequence([part[is_part] for part, is_part in parts], True, filling)  # [rows, L']
+        packed[name] = F.pad(tokens, (0, -tokens.shape[1] % (pad_to_multiple_of or 1)), value=filling)
     return {**batch, **packed}

@@ -58,12 +58,12 @@ class FullMicroStepSampler(Sampler):
     Args:
         sampler (`Sampler`): Draws samples.
         micro_step_size (`int`): Samples that all processes take together in one forward pass.
-        global_batch_size (`int`): Samples of one optimiser step.
+        global_batch_size (`int`, *optional*, defaults to 1): Samples of one optimiser step.
         drop_last (`bool`, *optional*, defaults to `False`): Whether to leave out the last, incomplete optimiser step.
     """
 
     def __init__(
-        self, sampler: Sampler, micro_step_size: int, global_batch_size: int, drop_last: bool = False
+        self, sampler: Sampler, micro_step_size: int, global_batch_size: int = 1, drop_last: bool = False
     ) -> None:
         self.sampler = sampler
         self.micro_step_size = micro_step_size

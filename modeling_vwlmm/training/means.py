@@ -65,7 +65,8 @@ class PositionMeans:
             if name:
                 kind = "text" if name == "language" else "image" if name == visual[0] else name
                 logs |= {f"{name}_loss": means.pop("loss"), f"num_{kind}_positions": num_positions}
-            logs |= means
+            # A metric that another objective has logged under this name is told by the objective's.
+            logs |= {f"{name}_{key}" if key in logs else key: mean for key, mean in means.items()}
         if visual:
             total_weight = sum(self.weights[name] for name in visual)
             logs["visual_loss"] = sum(self.weights[name] * logs[f"{name}_loss"] for name in visual) / total_weight

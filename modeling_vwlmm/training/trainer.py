@@ -5,6 +5,7 @@
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -16,7 +17,7 @@ from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
 from huggingface_hub import ModelCard
 from torch import nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import (
     ProcessorMixin,
     TrainerCallback,
@@ -27,10 +28,12 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import BatchRebalanceSampler
-from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+from processing_vwlmm import VWLMMProcessor
 
 from ..modeling_vwlmm import VWLMMForConditionalGeneration
 from ..objectives_vwlmm import find_supervised_positions
@@ -56,6 +59,7 @@ from .checks import (
     check_processor,
     check_stream_options,
     check_trained_modules,
+    restrict_all_linear,
 )
 from .collating import VWLMMDataCollator
 from .data_order import FilledBatchCollator, FilledDataset, FullMicroStepSampler, GlobalStream, RandomOrderSampler
@@ -70,6 +74,9 @@ from .training_modules import attach_training_modules, load_training_modules, sa
 
 
 logger = logging.get_logger(__name__)
+
+# Arguments of `from_pretrained` that say where a checkpoint is.
+SOURCE_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 class VWLMMTrainer(SFTTrainer):
@@ -133,11 +140,12 @@ class VWLMMTrainer(SFTTrainer):
             )
         for dataset in (*all_datasets(train_dataset), *all_datasets(kwargs.get("eval_dataset"))):
             args.check_columns(dataset)
+        model_init_kwargs = args.model_init_kwargs
         if isinstance(model, str):
-            model = VWLMMForConditionalGeneration.from_pretrained(
-                model, **{"dtype": torch.float32, **(args.model_init_kwargs or {})}
+            args.model_init_kwargs = None  # TRL would say that they are ignored
+            model, processing_class = load_model_and_processor(
+                model, processing_class, model_init_kwargs or {}, kwargs.pop("quantization_config", None)
             )
-            args.model_init_kwargs = None
         base_model = model.get_base_model() if is_peft_model(model) else model
         if not isinstance(base_model, VWLMMForConditionalGeneration):
             raise TypeError(f"`model` is a {type(base_model).__name__}; expected VWLMMForConditionalGeneration.")
@@ -155,8 +163,20 @@ class VWLMMTrainer(SFTTrainer):
             check_trained_modules(args, base_model.config.use_pseudo_image_features)
             set_trainable_parameters(base_model, args.get_trained_modules())
 
-        # TRL packs text only, and refuses `packing` with images: here the collator packs both.
+        if processing_class is None:
+            processing_class = VWLMMProcessor.from_pretrained(base_model.config.name_or_path)
+        if peft_config is not None:
+            peft_config = restrict_all_linear(peft_config, base_model, args.get_trained_modules())
+        # TRL packs text only, and refuses `packing` with images: here the collator packs both. And it asks the
+        # processor's own template for what the template of the prompts has to have.
         packing, args.packing = args.packing, False
+        chat_template = getattr(processing_class, "chat_template", None)
+        if args.chat_template is not None:
+            is_jinja = "{" in args.chat_template
+            prompt_template = (
+                args.chat_template if is_jinja else processing_class.get_chat_template(args.chat_template)
+            )
+            processing_class.chat_template = prompt_template
         super().__init__(
             model=model,
             args=args,
@@ -165,10 +185,10 @@ class VWLMMTrainer(SFTTrainer):
             peft_config=peft_config,
             **kwargs,
         )
-        args.packing = packing
+        args.packing, args.model_init_kwargs = packing, model_init_kwargs
+        if args.chat_template is not None:
+            processing_class.chat_template = chat_template
 
-        if is_peft_model(self.model):
-            warn_about_unreached_vm_head(base_model, args)
         self._base_model = base_model
         self._config = base_model.config
         self._objectives, self._weights = args.get_objectives()
@@ -192,10 +212,7 @@ class VWLMMTrainer(SFTTrainer):
                 image_seq_length=self._config.image_seq_length,
             )
             if args.chat_template is not None:
-                is_jinja = "{" in args.chat_template
-                self.data_collator.chat_template = (
-                    args.chat_template if is_jinja else self.processing_class.get_chat_template(args.chat_template)
-                )
+                self.data_collator.chat_template = prompt_template
         elif packing:
             raise ValueError(
                 f"`packing` is set, and batches come from a {type(self.data_collator).__name__}, which does not pack. "
@@ -211,6 +228,8 @@ class VWLMMTrainer(SFTTrainer):
         self._stop_votes: torch.Tensor | None = None
         self._stops = False
         self._means = {mode: PositionMeans(self._weights) for mode in ("train", "eval")}
+        self._has_seen_images = False
+        self.add_callback(UntrainedParameters(self))
 
     def _runs_tower_without_images(self) -> bool:
         if self.accelerator.num_processes == 1:
@@ -226,7 +245,8 @@ class VWLMMTrainer(SFTTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """
-        See `Trainer.train`. Writes the stage into `config.trained_stages`.
+        See `Trainer.train`. Once the stage has ended, it stands in `config.trained_stages`, also if it stood there
+        before: they are in order.
 
         Raises:
             ValueError: If the checkpoint to resume from is not whole, of another stage, method or model, or of other
@@ -234,8 +254,7 @@ class VWLMMTrainer(SFTTrainer):
             TrainingInterrupted: If SIGTERM or SIGUSR1 came, and a checkpoint has been saved. As a `SystemExit` it ends
                 the process with code 143.
         """
-        if self.args.stage not in self._config.trained_stages:
-            self._config.trained_stages = [*self._config.trained_stages, self.args.stage]
+        self._has_recorded_stage = False
         checkpoint = self._find_checkpoint(resume_from_checkpoint)
         self.remove_callback(RunStateCallback)
         self.add_callback(RunStateCallback(self, checkpoint))
@@ -243,7 +262,15 @@ class VWLMMTrainer(SFTTrainer):
             output = super().train(checkpoint, *args, **kwargs)
         if self._stops and self.state.global_step < self.state.max_steps:
             raise TrainingInterrupted(Path(self.args.output_dir, f"checkpoint-{self.state.global_step}"))
+        self._record_stage()
         return output
+
+    def _record_stage(self) -> None:
+        # Once a run, and not again where one is resumed from a checkpoint of its last step.
+        stages, takes_steps = self._config.trained_stages, self.state.global_step > self._num_steps_taken
+        if not self._has_recorded_stage and (takes_steps or stages[-1:] != [self.args.stage]):
+            self._config.trained_stages = [*stages, self.args.stage]
+        self._has_recorded_stage = True
 
     def _find_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
         self._num_steps_taken, self._stops = 0, False
@@ -309,7 +336,7 @@ class VWLMMTrainer(SFTTrainer):
     def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
         # Private, and the one place where the data, their sampler and their collator meet.
         if not is_training:
-            return super()._get_dataloader(dataset, *args, **kwargs)
+            return self._get_eval_or_test_dataloader(dataset, *args, **kwargs)
         config, processes = self.args, self.accelerator
         if processes.split_batches or processes.dispatch_batches:
             raise ValueError(
@@ -351,6 +378,28 @@ class VWLMMTrainer(SFTTrainer):
         finally:
             self.data_collator = collator
 
+    def _get_eval_or_test_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> DataLoader:
+        if not isinstance(self.data_collator, VWLMMDataCollator):
+            return super()._get_dataloader(dataset, *args, **kwargs)
+        packs = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
+        collator, self.data_collator = self.data_collator, replace(self.data_collator, packing=packs)
+        try:
+            if isinstance(dataset, Dataset):
+                # In their order: Transformers would group them by lengths that a sample with images does not tell.
+                sampler = SequentialSampler(dataset)
+                if packs:
+                    dataset = self._pack(self._remove_unused_columns(dataset))
+                    sampler = dataset.sampler
+                if self.compute_metrics is None:
+                    # Else predictions are gathered from all processes, and sorted out by Accelerate.
+                    dataset = FilledDataset(self._remove_unused_columns(dataset) if not packs else dataset)
+                    sampler = FullMicroStepSampler(sampler, self.args.eval_batch_size * self.args.world_size)
+                    self.data_collator = FilledBatchCollator(self.data_collator)
+                kwargs["sampler_fn"] = lambda _: sampler
+            return super()._get_dataloader(dataset, *args, **kwargs)
+        finally:
+            self.data_collator = collator
+
     def _get_output_dir(self, trial: Any) -> str:
         # Private, as is all saving: where a checkpoint is written until all of it is there.
         folder = super()._get_output_dir(trial)
@@ -359,6 +408,8 @@ class VWLMMTrainer(SFTTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # Private, as is all saving.
         output_dir, step = Path(self._get_output_dir(trial)), self.state.global_step
+        if step >= self.state.max_steps:
+            self._record_stage()
         name = f"checkpoint-{step}"
         checkpoint, written = output_dir / name, output_dir / INCOMPLETE / name
         best = output_dir / f"checkpoint-{self.state.best_global_step}"
@@ -477,14 +528,37 @@ class VWLMMTrainer(SFTTrainer):
         num_items_in_batch: Mapping[str, int | torch.Tensor] | torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, VWLMMCausalLMOutputWithPast]:
         """See `Trainer.compute_loss`. In training `num_items_in_batch` are the counts of `get_batch_samples`."""
+        if inputs.pop("is_filler", False):  # of an evaluation
+            ignore_all_positions(inputs)
         means = self._means["train" if self.model.training else "eval"]
         means.add_padding(inputs["input_ids"].numel(), count_padding(inputs))
+        self._has_seen_images |= self.model.training and inputs.get("pixel_values") is not None
         if isinstance(self.data_collator, VWLMMDataCollator):
             # It pads on the right, which no position before sees. Without a mask attention is cheaper, and the host
             # need not look into it.
             inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
         self._base_model.encode_no_images = self._encode_no_images  # in this call, and in none of the user's own
-        outputs = model(
+        try:
+            outputs = self._run_model(model, inputs, return_outputs, num_items_in_batch)
+        finally:
+            self._base_model.encode_no_images = None
+        loss = outputs.loss
+        if isinstance(num_items_in_batch, Mapping):
+            if self.args.average_tokens_across_devices:
+                # Gradients are averaged over processes, and each process has divided by the positions of all.
+                loss = loss * self.accelerator.num_processes
+            self._check_finite(loss, outputs)
+        means.add_terms(outputs.terms)
+        return (loss, outputs) if return_outputs else loss
+
+    def _run_model(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool,
+        num_items_in_batch: Mapping[str, int | torch.Tensor] | torch.Tensor | int | None,
+    ) -> VWLMMCausalLMOutputWithPast:
+        return model(
             **inputs,
             # Logits for a caller who asks for outputs, else for no position at all.
             logits_to_keep=0 if return_outputs else torch.empty(0, dtype=torch.long),
@@ -495,15 +569,6 @@ class VWLMMTrainer(SFTTrainer):
             use_cache=False,
             past_key_values=None if return_outputs else self._make_no_cache(inputs),
         )
-        self._base_model.encode_no_images = None
-        loss = outputs.loss
-        if isinstance(num_items_in_batch, Mapping):
-            if self.args.average_tokens_across_devices:
-                # Gradients are averaged over processes, and each process has divided by the positions of all.
-                loss = loss * self.accelerator.num_processes
-            self._check_finite(loss, outputs)
-        means.add_terms(outputs.terms)
-        return (loss, outputs) if return_outputs else loss
 
     def _check_finite(self, loss: torch.Tensor, outputs: VWLMMCausalLMOutputWithPast) -> None:
         # Once a step, in the last micro-batch: the host waits for it.
@@ -530,11 +595,31 @@ class VWLMMTrainer(SFTTrainer):
         return NoCache() if is_plain and is_attention and not self._base_model.is_gradient_checkpointing else None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """See `Trainer.log`. Adds the mean of each loss and metric over its positions since the last log."""
-        mode, prefix = ("train", "") if self.model.training else ("eval", "eval_")
-        # In place: `evaluate` returns what is logged here.
-        logs.update({prefix + name: mean for name, mean in self._means[mode].pop().items()})
+        """See `Trainer.log`. In training it adds the mean of each loss and metric since the last."""
+        if self.model.training:
+            # In place: `evaluate` returns what is logged here.
+            logs.update(self._means["train"].pop())
         super().log(logs, start_time)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """
+        See `Trainer.evaluation_loop`. The metrics have the mean of each loss and metric over all of its positions, and
+        `loss` is their weighted sum: no batch counts for more than its positions.
+        """
+        self._means["eval"] = PositionMeans(self._weights)  # whatever an evaluation that failed has left
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        means = self._means["eval"].pop()
+        if f"{metric_key_prefix}_loss" in output.metrics and means:
+            means["loss"] = sum(weight * means.get(f"{name}_loss", 0.0) for name, weight in self._weights.items())
+        output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in means.items()})
+        return output
 
     def create_model_card(
         self,
@@ -587,6 +672,30 @@ class SamplerEpoch(TrainerCallback):
         self.sampler.set_epoch(int(state.epoch or 0))
 
 
+class UntrainedParameters(TrainerCallback):
+    """Names what trains and has got no gradient, in the first step with an image. DeepSpeed shows no gradients."""
+
+    def __init__(self, trainer: VWLMMTrainer) -> None:
+        self.trainer = trainer
+        self.has_looked = trainer.is_deepspeed_enabled
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """See `TrainerCallback.on_pre_optimizer_step`."""
+        if self.has_looked or not self.trainer._has_seen_images:
+            return
+        self.has_looked = True
+        parameters = self.trainer.model.named_parameters()
+        untrained = [name for name, p in parameters if p.requires_grad and p.grad is None]
+        if untrained:
+            shown = ", ".join(untrained[:3]) + (f" and {len(untrained) - 3} more" if len(untrained) > 3 else "")
+            logger.warning(
+                f"{shown} shall train, and no loss of this run depends on them: they stay as they are. Leave them "
+                "out, with PEFT of `target_modules` and `modules_to_save`."
+            )
+
+
 class RunStateCallback(TrainerCallback):
     """Goes on with the sums since the last log of a resumed run, and ends a run that a signal asks to."""
 
@@ -628,6 +737,29 @@ def count_padding(batch: dict[str, Any]) -> int | torch.Tensor:
     return (batch["attention_mask"] == 0).sum() if "attention_mask" in batch else 0
 
 
+def load_model_and_processor(
+    name_or_path: str,
+    processing_class: ProcessorMixin | None,
+    model_init_kwargs: Mapping[str, Any],
+    quantization_config: Any,
+) -> tuple[VWLMMForConditionalGeneration, ProcessorMixin]:
+    """The model of a checkpoint, in fp32 unless it says otherwise, and the processor from the same place."""
+    model_init_kwargs = dict(model_init_kwargs)
+    if quantization_config is not None:
+        if "quantization_config" in model_init_kwargs:
+            raise ValueError(
+                "`quantization_config` is passed to the trainer and in `model_init_kwargs`. Leave it out of one."
+            )
+        model_init_kwargs["quantization_config"] = quantization_config
+    model = VWLMMForConditionalGeneration.from_pretrained(
+        name_or_path, **{"dtype": torch.float32, **model_init_kwargs}
+    )
+    if processing_class is None:
+        source = {name: value for name, value in model_init_kwargs.items() if name in SOURCE_OPTIONS}
+        processing_class = VWLMMProcessor.from_pretrained(name_or_path, **source)
+    return model, processing_class
+
+
 def warn_about_untrained_modules(trained_stages: list[int], args: VWLMMTrainingArguments) -> None:
     """Warns about modules that a stage relies on and that no stage has trained."""
     stages = METHODS[args.method]
@@ -643,15 +775,4 @@ def warn_about_untrained_modules(trained_stages: list[int], args: VWLMMTrainingA
             f"Stage {args.stage} ({stage.name}) builds on stage {number} ({stages[number].name}), which has not run "
             f"on these weights: {', '.join(stages[number].trains)} may never have been trained. Run stage {number} "
             f"first, or start from a checkpoint whose config.json lists it under `trained_stages`."
-        )
-
-
-def warn_about_unreached_vm_head(model: VWLMMForConditionalGeneration, args: VWLMMTrainingArguments) -> None:
-    """Warns if PEFT trains the VM head where it makes targets alone, which get no gradient."""
-    objectives, _ = args.get_objectives()
-    is_read = model.config.use_pseudo_image_features or any("vm_head" in o.teaches for o in objectives.values())
-    if not is_read and any(parameter.requires_grad for parameter in model.model.vm_head.parameters()):
-        logger.warning(
-            f"PEFT trains model.vm_head, which learns nothing from {', '.join(objectives)}. Leave it out of "
-            "`target_modules` and `modules_to_save`, for example with a pattern that names the decoder's matrices."
         )
