@@ -31,6 +31,7 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 from trl import SFTTrainer
+from trl.chat_template_utils import has_generation_markers
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from processing_vwlmm import VWLMMProcessor
@@ -139,6 +140,11 @@ class VWLMMTrainer(SFTTrainer):
                 f"`args` is a {type(args).__name__}; expected VWLMMTrainingArguments, which name the stage."
             )
         for dataset in (*all_datasets(train_dataset), *all_datasets(kwargs.get("eval_dataset"))):
+            if not isinstance(dataset, Dataset | IterableDataset):
+                raise TypeError(
+                    f"A dataset is a {type(dataset).__name__}; expected `datasets.Dataset` or `IterableDataset`. "
+                    "`Dataset.from_list` makes one of a list of samples."
+                )
             args.check_columns(dataset)
         model_init_kwargs = args.model_init_kwargs
         if isinstance(model, str):
@@ -167,16 +173,13 @@ class VWLMMTrainer(SFTTrainer):
             processing_class = VWLMMProcessor.from_pretrained(base_model.config.name_or_path)
         if peft_config is not None:
             peft_config = restrict_all_linear(peft_config, base_model, args.get_trained_modules())
-        # TRL packs text only, and refuses `packing` with images: here the collator packs both. And it asks the
-        # processor's own template for what the template of the prompts has to have.
+        # TRL packs text only, and refuses `packing` with images: here the collator packs both. And it would ask the
+        # processor's own template for the tags that the template of the prompts has to have.
         packing, args.packing = args.packing, False
-        chat_template = getattr(processing_class, "chat_template", None)
+        assistant_only_loss = args.assistant_only_loss
         if args.chat_template is not None:
-            is_jinja = "{" in args.chat_template
-            prompt_template = (
-                args.chat_template if is_jinja else processing_class.get_chat_template(args.chat_template)
-            )
-            processing_class.chat_template = prompt_template
+            chat_template = read_chat_template(args, processing_class)
+            args.assistant_only_loss = False
         super().__init__(
             model=model,
             args=args,
@@ -186,8 +189,7 @@ class VWLMMTrainer(SFTTrainer):
             **kwargs,
         )
         args.packing, args.model_init_kwargs = packing, model_init_kwargs
-        if args.chat_template is not None:
-            processing_class.chat_template = chat_template
+        args.assistant_only_loss = assistant_only_loss
 
         self._base_model = base_model
         self._config = base_model.config
@@ -212,7 +214,8 @@ class VWLMMTrainer(SFTTrainer):
                 image_seq_length=self._config.image_seq_length,
             )
             if args.chat_template is not None:
-                self.data_collator.chat_template = prompt_template
+                self.data_collator.chat_template = chat_template
+                self.data_collator.assistant_only_loss = assistant_only_loss
         elif packing:
             raise ValueError(
                 f"`packing` is set, and batches come from a {type(self.data_collator).__name__}, which does not pack. "
@@ -390,7 +393,7 @@ class VWLMMTrainer(SFTTrainer):
                 if packs:
                     dataset = self._pack(self._remove_unused_columns(dataset))
                     sampler = dataset.sampler
-                if self.compute_metrics is None:
+                if kwargs["description"] == "Evaluation" and self.compute_metrics is None:
                     # Else predictions are gathered from all processes, and sorted out by Accelerate.
                     dataset = FilledDataset(self._remove_unused_columns(dataset) if not packs else dataset)
                     sampler = FullMicroStepSampler(sampler, self.args.eval_batch_size * self.args.world_size)
@@ -611,8 +614,11 @@ class VWLMMTrainer(SFTTrainer):
     ) -> EvalLoopOutput:
         """
         See `Trainer.evaluation_loop`. The metrics have the mean of each loss and metric over all of its positions, and
-        `loss` is their weighted sum: no batch counts for more than its positions.
+        `loss` is their weighted sum: no batch counts for more than its positions. A stage without a language loss
+        makes no predictions, for it runs the decoder no further than the last image.
         """
+        if "language" not in self._objectives:
+            prediction_loss_only = True
         self._means["eval"] = PositionMeans(self._weights)  # whatever an evaluation that failed has left
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         means = self._means["eval"].pop()
@@ -758,6 +764,19 @@ def load_model_and_processor(
         source = {name: value for name, value in model_init_kwargs.items() if name in SOURCE_OPTIONS}
         processing_class = VWLMMProcessor.from_pretrained(name_or_path, **source)
     return model, processing_class
+
+
+def read_chat_template(args: VWLMMTrainingArguments, processing_class: ProcessorMixin) -> str:
+    """The template that `args.chat_template` names, or is."""
+    is_jinja = "{" in args.chat_template
+    template = args.chat_template if is_jinja else processing_class.get_chat_template(args.chat_template)
+    if args.assistant_only_loss and not has_generation_markers(template):
+        raise ValueError(
+            "`chat_template` has no `{% generation %}` tags, which say what the assistant's part of a prompt is. "
+            "Enclose the answer and the token that closes it in `{% generation %}` and `{% endgeneration %}`, or set "
+            "`assistant_only_loss=False` to learn the whole prompt."
+        )
+    return template
 
 
 def warn_about_untrained_modules(trained_stages: list[int], args: VWLMMTrainingArguments) -> None:
