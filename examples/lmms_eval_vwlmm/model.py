@@ -59,33 +59,39 @@ class VWLMM(lmms):
     `--model_args name=value,name=value`.
 
     Args:
-        pretrained (`str`): Folder or Hub name of a checkpoint.
+        pretrained (`str` or [`VWLMMForConditionalGeneration`]):
+            Folder or Hub name of a checkpoint, or a model, which comes with its `processor`.
         batch_size (`int` or `str`, *optional*, defaults to 1): Questions a batch.
         device (`str`, *optional*): By default the GPU of this process, or the CPU where there is none.
         device_map (`str`, *optional*): `auto` to spread one model over all GPUs, in a single process.
         dtype (`str`, *optional*, defaults to `"auto"`): Of the weights, by default as they were saved.
         attn_implementation (`str`, *optional*): As in `from_pretrained`.
+        processor ([`VWLMMProcessor`], *optional*): By default the one saved with the checkpoint.
     """
 
     is_simple = False  # it takes messages
 
     def __init__(
         self,
-        pretrained: str,
+        pretrained: str | VWLMMForConditionalGeneration,
         batch_size: int | str = 1,
         device: str | None = None,
         device_map: str | None = None,
         dtype: str = "auto",
         attn_implementation: str | None = None,
+        processor: VWLMMProcessor | None = None,
     ) -> None:
         super().__init__()
         self.accelerator = Accelerator()
         if self.accelerator.num_processes > 1 or device is None:
             device = self.accelerator.device
-        self.model = VWLMMForConditionalGeneration.from_pretrained(
-            pretrained, dtype=dtype, device_map=device_map or device, attn_implementation=attn_implementation
-        )
-        self.processor = VWLMMProcessor.from_pretrained(pretrained)
+        if isinstance(pretrained, str):
+            self.model = VWLMMForConditionalGeneration.from_pretrained(
+                pretrained, dtype=dtype, device_map=device_map or device, attn_implementation=attn_implementation
+            )
+        else:
+            self.model = pretrained
+        self.processor = VWLMMProcessor.from_pretrained(pretrained) if processor is None else processor
         self.device = self.model.device
         self.batch_size = int(batch_size)
         # lmms-eval reads them by its properties `rank` and `world_size`, which cannot be set.

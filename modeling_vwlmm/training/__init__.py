@@ -5,6 +5,13 @@
 from .arguments import VWLMMTrainingArguments
 from .trainer import VWLMMTrainer
 from .training_modules import attach_training_modules
+from .watching import BenchmarkCallback, TrainingDiverged
 
 
-__all__ = ["VWLMMTrainer", "VWLMMTrainingArguments", "attach_training_modules"]
+__all__ = [
+    "BenchmarkCallback",
+    "TrainingDiverged",
+    "VWLMMTrainer",
+    "VWLMMTrainingArguments",
+    "attach_training_modules",
+]

@@ -69,6 +69,9 @@ class VWLMMTrainingArguments(SFTConfig):
         chat_template (`str`, *optional*):
             Template of the training prompts: `"vicuna_v1"`, `"mistral"`, `"plain"`, or any Jinja template. The
             processor keeps its own. By default `"plain"` in stages I and III, the processor's in stages II and IV.
+        spike_threshold (`float`, *optional*, defaults to 20.0):
+            A run stops before a step whose loss or gradient norm lies so many deviations above the median of the last
+            100 steps, in logarithms (see `History`). At 0 only what is no finite number stops it.
         ignore_data_changes (`bool`, *optional*, defaults to `False`):
             Whether a run goes on from a checkpoint that was made on other data, or in another order of them: without,
             it is refused.
@@ -117,6 +120,10 @@ class VWLMMTrainingArguments(SFTConfig):
     chat_template: str | None = field(
         default=None,
         metadata={"help": "'vicuna_v1', 'mistral', 'plain' or a Jinja template. By default the stage's."},
+    )
+    spike_threshold: float = field(
+        default=20.0,
+        metadata={"help": "Deviations above their median at which loss or gradient norm stop a run."},
     )
     ignore_data_changes: bool = field(
         default=False,
@@ -185,6 +192,10 @@ class VWLMMTrainingArguments(SFTConfig):
         if not 0 <= self.visual_loss_weight < math.inf:
             raise ValueError(
                 f"`visual_loss_weight` is {self.visual_loss_weight}; expected a finite number that is not negative."
+            )
+        if not 0 <= self.spike_threshold < math.inf:
+            raise ValueError(
+                f"`spike_threshold` is {self.spike_threshold}; expected a finite number that is not negative."
             )
         if self.visual_objective is None and stage.visual_objective is not None:
             is_dropped = stage.visual_objective == "visual_words" and self.visual_loss_weight == 0

@@ -30,10 +30,11 @@ class PositionMeans:
                 # Detached: a sum that is kept would keep the graph of its batch.
                 self._sums[name, key].append(value.detach() if isinstance(value, torch.Tensor) else value)
 
-    def add_padding(self, num_positions: int, num_padding: int | torch.Tensor) -> None:
-        """Adds the positions of a batch to the share of all that are padding."""
+    def add_batch(self, num_positions: int, num_padding: int | torch.Tensor, num_images: int) -> None:
+        """Adds the size of a batch."""
         self._sums["", "positions"].append(num_positions)
-        self._sums["", "padding_share"].append(num_padding)
+        self._sums["", "padding"].append(num_padding)
+        self._sums["", "images"].append(num_images)
 
     def state_dict(self) -> list[tuple[str, str, list[float]]]:
         """The sums of this process. Reads the device."""
@@ -49,7 +50,10 @@ class PositionMeans:
             self._sums[name, key] += values
 
     def pop(self) -> dict[str, float]:
-        """The means of all processes, which call this together, under their names in the logs. Begins anew."""
+        """
+        The means of all processes, which call this together, under their names in the logs; and beside `padding_share`
+        the `num_tokens` and `num_images` behind them. Begins anew.
+        """
         sums, self._sums = self._sums, defaultdict(list)
         read = {key: _read_sum(values) for key, values in sums.items()}
         totals: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
@@ -58,13 +62,15 @@ class PositionMeans:
                 totals[name][key] += total
 
         logs = {}
-        visual = [name for name in totals if name not in ("", "language")]
+        if sizes := totals.pop("", None):
+            logs["padding_share"] = sizes["padding"] / sizes["positions"]
+            logs |= {"num_tokens": sizes["positions"] - sizes["padding"], "num_images": sizes["images"]}
+        visual = [name for name in totals if name != "language"]
         for name, sums_of_name in totals.items():
             num_positions = sums_of_name.pop("positions")
             means = {key: total / max(num_positions, 1) for key, total in sums_of_name.items()}
-            if name:
-                kind = "text" if name == "language" else "image" if name == visual[0] else name
-                logs |= {f"{name}_loss": means.pop("loss"), f"num_{kind}_positions": num_positions}
+            kind = "text" if name == "language" else "image" if name == visual[0] else name
+            logs |= {f"{name}_loss": means.pop("loss"), f"num_{kind}_positions": num_positions}
             # A metric that another objective has logged under this name is told by the objective's.
             logs |= {f"{name}_{key}" if key in logs else key: mean for key, mean in means.items()}
         if visual:

@@ -4,6 +4,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -72,6 +73,7 @@ from .packing import PackedDataset, PackingSampler, count_tokens
 from .sampling import ModalityLengthGroupedSampler, estimate_lengths
 from .stages import METHODS, set_trainable_parameters
 from .training_modules import attach_training_modules, load_training_modules, save_training_modules
+from .watching import History, Stopwatch, TrainingDiverged, measure_gradient_norms, measure_memory
 
 
 logger = logging.get_logger(__name__)
@@ -89,7 +91,10 @@ class VWLMMTrainer(SFTTrainer):
     accumulated micro-batch and every process.
 
     Logged beside `loss`: `language_loss` and `visual_loss` (nats a position), `num_text_positions` and
-    `num_image_positions` behind them, `visual_word_entropy` (nats) and `padding_share`, all since the last log.
+    `num_image_positions` behind them, `visual_word_entropy` (nats) and `padding_share`, all since the last log; the
+    norms of the gradients by part, before clipping, of the last step (`decoder_grad_norm`, ...; not with DeepSpeed);
+    `tokens_per_second` and `images_per_second` of all processes, `data_wait_share`, `seconds_left`, `memory_gib` and
+    `total_flos`.
 
     `train_sampling_strategy="group_by_length"` makes batches of similar length and one modality. `packing=True` puts
     samples of the whole dataset, images included, into rows of up to `max_length` tokens, without attention across
@@ -106,7 +111,8 @@ class VWLMMTrainer(SFTTrainer):
         TypeError: If `model` is no VW-LMM, or `args` no [`VWLMMTrainingArguments`].
         ValueError: If model and processor disagree on the image placeholder, `max_length` would cut image tokens, or
             Transformers (not PEFT) has attached an adapter to the model.
-        FloatingPointError: While training, if a loss is NaN or infinite.
+        TrainingDiverged: While training, if the loss or the norm of the gradients is NaN or infinite, or far outside
+            of its own history (`spike_threshold`).
 
     Example:
 
@@ -231,6 +237,9 @@ class VWLMMTrainer(SFTTrainer):
         self._stop_votes: torch.Tensor | None = None
         self._stops = False
         self._means = {mode: PositionMeans(self._weights) for mode in ("train", "eval")}
+        self._last_losses: dict[str, torch.Tensor] = {}
+        self._grad_norms: dict[str, torch.Tensor] = {}
+        self._history, self._stopwatch = History(args.spike_threshold), Stopwatch()
         self._has_seen_images = False
         self.add_callback(UntrainedParameters(self))
 
@@ -261,6 +270,7 @@ class VWLMMTrainer(SFTTrainer):
         checkpoint = self._find_checkpoint(resume_from_checkpoint)
         self.remove_callback(RunStateCallback)
         self.add_callback(RunStateCallback(self, checkpoint))
+        self._history, self._grad_norms = History(self.args.spike_threshold), {}
         with self._stop_signals:
             output = super().train(checkpoint, *args, **kwargs)
         if self._stops and self.state.global_step < self.state.max_steps:
@@ -495,7 +505,9 @@ class VWLMMTrainer(SFTTrainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], dict[str, int | torch.Tensor]]:
         """The micro-batches of an optimiser step, and the positions in them that each loss is a mean over, by name."""
+        begun = time.perf_counter()
         batches = list(islice(epoch_iterator, num_batches))
+        self._stopwatch.waited += time.perf_counter() - begun
         counts = dict.fromkeys(self._objectives, 0)
         for batch in batches:
             if "supervised_positions" not in batch:  # from a collator of the user's own
@@ -534,8 +546,10 @@ class VWLMMTrainer(SFTTrainer):
         if inputs.pop("is_filler", False):  # of an evaluation
             ignore_all_positions(inputs)
         means = self._means["train" if self.model.training else "eval"]
-        means.add_padding(inputs["input_ids"].numel(), count_padding(inputs))
-        self._has_seen_images |= self.model.training and inputs.get("pixel_values") is not None
+        pixel_values = inputs.get("pixel_values")
+        num_images = 0 if pixel_values is None else len(pixel_values)
+        means.add_batch(inputs["input_ids"].numel(), count_padding(inputs), num_images)
+        self._has_seen_images |= self.model.training and num_images > 0
         if isinstance(self.data_collator, VWLMMDataCollator):
             # It pads on the right, which no position before sees. Without a mask attention is cheaper, and the host
             # need not look into it.
@@ -550,7 +564,10 @@ class VWLMMTrainer(SFTTrainer):
             if self.args.average_tokens_across_devices:
                 # Gradients are averaged over processes, and each process has divided by the positions of all.
                 loss = loss * self.accelerator.num_processes
-            self._check_finite(loss, outputs)
+            self._loss_of_step = self._loss_of_step + loss.detach()
+            self._last_losses = {name: loss.detach() for name, loss in outputs.losses.items()}
+            if self.is_deepspeed_enabled and self.accelerator.sync_gradients:
+                self._check_step()
         means.add_terms(outputs.terms)
         return (loss, outputs) if return_outputs else loss
 
@@ -573,21 +590,34 @@ class VWLMMTrainer(SFTTrainer):
             past_key_values=None if return_outputs else self._make_no_cache(inputs),
         )
 
-    def _check_finite(self, loss: torch.Tensor, outputs: VWLMMCausalLMOutputWithPast) -> None:
-        # Once a step, in the last micro-batch: the host waits for it.
-        self._loss_of_step = self._loss_of_step + loss.detach()
-        if not self.accelerator.sync_gradients:
-            return
-        loss_of_step, self._loss_of_step = self._loss_of_step, 0.0
-        is_finite = torch.isfinite(loss_of_step)
+    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor | float | None:
+        # Private: the one place that knows the norm before the weights change.
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        if not self.is_deepspeed_enabled:  # whose engine steps with the backward pass, and keeps gradients to itself
+            self._check_step(getattr(grad_norm, "full_tensor", lambda: grad_norm)())
+            steps = self.state.logging_steps
+            if self.args.logging_strategy != "steps" or not (self.state.global_step + 1) % max(steps, 1):
+                self._grad_norms = measure_gradient_norms(model, grad_norm)
+        return grad_norm
+
+    def _check_step(self, grad_norm: torch.Tensor | None = None) -> None:
+        # Once a step, and the only time that the host waits for the device.
+        values = {"loss": self._loss_of_step}
+        if grad_norm is not None and self.accelerator.scaler is None:  # which looks at gradients itself
+            values["gradient norm"] = grad_norm
         if self._stop_votes is not None:  # a signal, of which one process may know alone
-            is_finite, self._stops = torch.stack([is_finite.long(), self._stop_votes]).tolist()
-        if not is_finite:
-            losses = ", ".join(f"{name} {loss.item()}" for name, loss in outputs.losses.items())
-            raise FloatingPointError(
-                f"The loss of step {self.state.global_step + 1} is {loss_of_step.item()} (of its last micro-batch: "
+            values["stops"] = self._stop_votes
+            # Of all processes, so that they agree. Each has its share times their number.
+            values["loss"] = self.accelerator.reduce(values["loss"], "mean")
+        read = dict(zip(values, torch.stack([value.float() for value in values.values()]).tolist(), strict=True))
+        self._loss_of_step, self._stops = 0.0, bool(read.pop("stops", 0))
+        if outlier := self._history.find_outlier(read):
+            losses = ", ".join(f"{name} {loss.item():.4g}" for name, loss in self._last_losses.items())
+            raise TrainingDiverged(
+                f"The {outlier[0]} of step {self.state.global_step + 1} is {outlier[1]} (of its last micro-batch: "
                 f"{losses}). Training stops before this step changes the weights; checkpoints in "
-                f"{self.args.output_dir} are untouched. Lower the learning rate, or look at the data of this step."
+                f"{self.args.output_dir} are untouched. Go on from the last of them with a lower learning rate, or look "
+                "at the data of this step. `spike_threshold` says what is far outside."
             )
 
     def _make_no_cache(self, inputs: dict[str, Any]) -> NoCache | None:
@@ -599,9 +629,10 @@ class VWLMMTrainer(SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """See `Trainer.log`. In training it adds the mean of each loss and metric since the last."""
-        if self.model.training:
-            # In place: `evaluate` returns what is logged here.
-            logs.update(self._means["train"].pop())
+        if self.model.training and (means := self._means["train"].pop()):
+            logs |= self._stopwatch.pop(self.state, means.pop("num_tokens"), means.pop("num_images"))
+            logs |= means | {name: norm.item() for name, norm in self._grad_norms.items()}
+            logs |= {"memory_gib": measure_memory(self.args.device), "total_flos": self.state.total_flos}
         super().log(logs, start_time)
 
     def evaluation_loop(
@@ -622,6 +653,7 @@ class VWLMMTrainer(SFTTrainer):
         self._means["eval"] = PositionMeans(self._weights)  # whatever an evaluation that failed has left
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         means = self._means["eval"].pop()
+        means.pop("num_tokens", None), means.pop("num_images", None)
         if f"{metric_key_prefix}_loss" in output.metrics and means:
             means["loss"] = sum(weight * means.get(f"{name}_loss", 0.0) for name, weight in self._weights.items())
         output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in means.items()})
@@ -713,6 +745,7 @@ class RunStateCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """See `TrainerCallback.on_train_begin`."""
+        self.trainer._stopwatch.restart(state.global_step)
         if self.checkpoint is not None:
             run_state = json.loads(Path(self.checkpoint, RUN_STATE).read_text())
             self.trainer._set_sums_since_last_log(run_state["since_last_log"])
