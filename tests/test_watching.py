@@ -202,7 +202,7 @@ class TestBenchmark:
                 dataset[1]["messages"][:1], add_generation_prompt=True, tokenize=True, return_dict=True,
                 return_tensors="pt",
             )  # fmt: skip
-            output = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+            output = model.generate(**inputs, min_new_tokens=3, max_new_tokens=3, do_sample=False)
             return {"length": float(output.shape[1] - inputs["input_ids"].shape[1])}
 
         trainer = make_trainer(max_steps=5)

@@ -616,8 +616,8 @@ class VWLMMTrainer(SFTTrainer):
             raise TrainingDiverged(
                 f"The {outlier[0]} of step {self.state.global_step + 1} is {outlier[1]} (of its last micro-batch: "
                 f"{losses}). Training stops before this step changes the weights; checkpoints in "
-                f"{self.args.output_dir} are untouched. Go on from the last of them with a lower learning rate, or look "
-                "at the data of this step. `spike_threshold` says what is far outside."
+                f"{self.args.output_dir} are untouched. Go on from the last of them with a lower learning rate, or "
+                "look at the data of this step. `spike_threshold` says what is far outside."
             )
 
     def _make_no_cache(self, inputs: dict[str, Any]) -> NoCache | None:
