@@ -23,7 +23,15 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModel, GenerationConfig, LlamaConfig, MistralConfig, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaForConditionalGeneration,
+    MistralConfig,
+    PreTrainedConfig,
+)
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
@@ -44,6 +52,15 @@ KEY_MAPPING = {
     r"^model\.(embed_tokens|layers|norm)\.": r"model.language_model.\1.",
     r"^vm_head\.": "model.vm_head.",
 }
+# Names of LLaVA's tensors in Transformers, and those under which LLaVAs have been published, which every tool knows.
+PUBLISHED_NAMES = {
+    r"^lm_head\.": "language_model.lm_head.",
+    r"^model\.language_model\.": "language_model.model.",
+    r"^model\.multi_modal_projector\.": "multi_modal_projector.",
+    r"^model\.vision_tower\.": "vision_tower.",
+}
+# Towers whose tensors had a prefix of their own then.
+PREFIXED_TOWERS = ("clip_vision_model", "siglip_vision_model")
 # Buffers that Transformers used to store, and that are computed now.
 COMPUTED_BUFFERS = ("rotary_emb.inv_freq", "embeddings.position_ids")
 
@@ -122,8 +139,23 @@ def convert_to_llava(source: str | Path, output: str | Path) -> None:
     llava = VWLMMForConditionalGeneration.from_pretrained(source, dtype="auto").to_llava()
     processor = VWLMMProcessor.from_pretrained(source).to_llava()
     with _complete_folder(output) as incomplete:
-        llava.save_pretrained(incomplete)
+        # Under the names that `LlavaForConditionalGeneration.save_pretrained` gives, Transformers alone finds a tower.
+        llava.save_pretrained(incomplete, state_dict=_rename_published(llava), save_original_format=False)
         processor.save_pretrained(incomplete)
+
+
+def _rename_published(llava: LlavaForConditionalGeneration) -> dict[str, torch.Tensor]:
+    names = dict(PUBLISHED_NAMES)
+    if llava.config.vision_config.model_type in PREFIXED_TOWERS:
+        names[r"^vision_tower\."] = "vision_tower.vision_model."
+    tensors = {}
+    for name, tensor in llava.state_dict().items():
+        if name == "lm_head.weight" and llava.config.tie_word_embeddings:
+            continue
+        for pattern, replacement in names.items():
+            name = re.sub(pattern, replacement, name)
+        tensors[name] = tensor
+    return tensors
 
 
 def _check_is_free(output: Path) -> None:

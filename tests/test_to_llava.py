@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import GOLDEN, make_conversation, make_image, tiny_text, tiny_vision
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from test_from_llava import IMAGE, forward, make_llava
 from test_hub import run_without_package
 from torch import nn
@@ -326,6 +327,30 @@ class TestCommandLine:
         inputs = processor.apply_chat_template([{"role": "user", "content": content}], **SETTINGS)
         ids = model.generate(**inputs, max_new_tokens=16)[0, inputs["input_ids"].shape[1] :]
         assert printed[1] == repr(processor.decode(ids, skip_special_tokens=True))
+
+    @pytest.mark.parametrize(
+        ("vision", "text", "prefix"),
+        [
+            ("clip", "llama", "vision_tower.vision_model."),
+            ("siglip", "llama_tied", "vision_tower.vision_model."),
+            ("dinov2", "gemma", "vision_tower."),
+        ],
+    )
+    def test_tensors_have_the_names_that_every_tool_knows(
+        self, monkeypatch, processor, tmp_path, vision, text, prefix
+    ):
+        model = make_model(vision, text)
+        model.save_pretrained(tmp_path / "source")
+        processor.save_pretrained(tmp_path / "source")
+        self.run(monkeypatch, "--to-llava", tmp_path / "source", tmp_path / "llava")
+        prefixes = {"language_model.model.", "multi_modal_projector.", prefix}
+        prefixes |= set() if model.config.tie_word_embeddings else {"language_model.lm_head."}
+        names = set(load_file(tmp_path / "llava" / "model.safetensors"))
+        assert all(any(name.startswith(start) for start in prefixes) for name in names), names
+        assert all(any(name.startswith(start) for name in names) for start in prefixes), prefixes
+        llava, loading = LlavaForConditionalGeneration.from_pretrained(tmp_path / "llava", output_loading_info=True)
+        assert not any(loading.values())
+        assert torch.equal(forward(llava)[..., :IMAGE], forward(model))
 
     def test_a_full_folder_stays(self, monkeypatch, vicuna, tmp_path):
         (tmp_path / "precious.txt").write_text("mine")
