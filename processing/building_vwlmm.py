@@ -33,6 +33,7 @@ else:
 IMAGE_TOKEN = "<image>"
 # What opens a template that writes BOS itself.
 WRITES_BOS = re.compile(r"\A\s*\{\{-?\s*bos_token\s*-?\}\}")
+ESCAPED = re.compile(r"\\u([0-9a-fA-F]{4})")
 
 
 def load_image_processor(
@@ -164,7 +165,8 @@ def make_llava_processor(processor: LlavaProcessor) -> LlavaProcessor:
     Transformers' own LLaVA processor, of copies of the parts of ours.
 
     The templates of LLaVAs leave BOS to the tokenizer, and tools add it there. Ours write it; here it is taken out of
-    the template where the tokenizer adds the same.
+    the template where the tokenizer adds the same. Characters that are escaped become themselves: llama.cpp's Jinja
+    knows no `\\u`.
 
     Args:
         processor ([`VWLMMProcessor`]): What makes the same token ids and pixel values.
@@ -181,6 +183,8 @@ def make_llava_processor(processor: LlavaProcessor) -> LlavaProcessor:
         tokenizer.init_kwargs.pop(name, None)
     settings = {name: value for name, value in processor.image_processor.to_dict().items() if name != "auto_map"}
     template, bos = processor.chat_template, tokenizer.bos_token
+    if template:
+        template = ESCAPED.sub(lambda match: chr(int(match[1], 16)), template)
     # Not the same where a tokenizer puts a `▁` at the start of a text, and none behind BOS.
     if template and bos and tokenizer(bos + "a", add_special_tokens=False)["input_ids"] == tokenizer("a")["input_ids"]:
         template = WRITES_BOS.sub("", template)

@@ -283,6 +283,8 @@ class TestProcessor:
         for file in tmp_path.glob("*config.json"):
             assert not {"auto_map", "vwlmm"} & set(json.loads(file.read_text())), file
             assert "vwlmm" not in file.read_text().lower()
+        # llama.cpp does not start with a template that it cannot read.
+        assert "\\u" not in (tmp_path / "chat_template.jinja").read_text(encoding="utf-8")
         tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
         assert tokenizer["padding"] is tokenizer["truncation"] is None
 
