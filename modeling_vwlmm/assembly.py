@@ -1,7 +1,11 @@
 # Copyright 2026 The VW-LMM authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Makes a model from parts: a vision tower and an LLM, or a LLaVA. Says what is wrong with parts that do not fit."""
+"""
+Makes a model from parts, a vision tower and an LLM, or from a LLaVA, and a LLaVA from a model. Says what is wrong with
+parts that do not fit.
+"""
 
+import copy
 import re
 import struct
 from collections.abc import Iterator
@@ -18,6 +22,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     GenerationConfig,
+    LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedModel,
 )
@@ -26,11 +31,14 @@ from transformers.utils import cached_file
 from .adapters_vwlmm import make_adapter
 from .configuration_vwlmm import VWLMMConfig
 from .modeling_vwlmm import VWLMMForConditionalGeneration
+from .placeholders_vwlmm import has_embedding
 from .visual_words_vwlmm import VMHead
 
 
 # Fields of LLaVA's config.json that say what a checkpoint is, and are not passed on to another architecture.
 NOT_OF_VWLMM = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path")
+# Fields of ours that LLaVA has no place for.
+NOT_OF_LLAVA = ("adapter", "adapter_config", "trained_stages", "use_pseudo_image_features", *NOT_OF_VWLMM)
 # What readers of weights raise for a file that is cut off, or none of theirs.
 UNREADABLE = (UnpicklingError, SafetensorError, RuntimeError, EOFError, IndexError, OSError, struct.error)
 # What says where a checkpoint is, for all of its files.
@@ -127,6 +135,105 @@ def from_llava(
         llava.model.multi_modal_projector,
         generation_config=llava.generation_config,
     )
+
+
+def to_llava(model: VWLMMForConditionalGeneration) -> LlavaForConditionalGeneration:
+    """
+    A model as Transformers' own LLaVA, the counterpart of [`from_llava`]: all of it but the VM head, and but what
+    objectives train beside it. Its logits are the model's, to the last bit.
+
+    LLaVA looks its placeholder up, and so gets a row for it in embedding and head where the model has none: the mean
+    of all rows. Its logit is then the mean of all logits, which is never the largest (and its probability at most
+    `1 / (C + 1)`), and `generation_config.suppress_tokens` keeps it out of what is generated.
+
+    Args:
+        model ([`VWLMMForConditionalGeneration`]): The model. It stays as it is. Tensors are shared with it, but for
+            those that get a row: save the LLaVA, or copy it, before either of them is trained.
+
+    Returns:
+        `LlavaForConditionalGeneration`, in evaluation mode.
+
+    Raises:
+        ValueError: If no LLaVA computes what the model does (pseudo image features, an adapter other than the MLP), or
+            if its weights are quantised, sharded or offloaded, or have adapters of PEFT in them.
+
+    Example:
+
+    ```python
+    >>> model = VWLMMForConditionalGeneration.from_pretrained("runs/stage4")
+    >>> model.to_llava().save_pretrained("runs/llava")
+    ```
+    """
+    _check_becomes_llava(model)
+    fields = {name: value for name, value in model.config.to_dict().items() if name not in NOT_OF_LLAVA}
+    parts = {
+        "vision_config": model.config.vision_config,
+        "text_config": model.config.text_config,
+        "vision_tower": model.model.vision_tower,
+        "language_model": model.model.language_model,
+        "multi_modal_projector": model.model.multi_modal_projector,
+        "lm_head": model.lm_head,
+        "generation_config": model.generation_config,
+    }
+    # At once, so that modules keep the configs that they share. Parameters are new ones of the same tensors.
+    shared = {id(parameter): nn.Parameter(parameter.detach()) for parameter in model.parameters()}
+    parts = copy.deepcopy(parts, shared)
+    attention = {"": model.config._attn_implementation}
+    for name in ("vision_config", "text_config"):
+        attention[name] = parts[name]._attn_implementation
+        parts[name].name_or_path = fields[name].get("_name_or_path", "")  # no folder of this machine
+        fields[name] = parts[name]
+    config = LlavaConfig(**fields, attn_implementation=attention)
+    with torch.device("meta"):
+        llava = LlavaForConditionalGeneration(config)
+    expected = llava.state_dict().keys()
+    llava.model.vision_tower = parts["vision_tower"]
+    llava.model.language_model = parts["language_model"]
+    llava.model.multi_modal_projector = parts["multi_modal_projector"]
+    llava.lm_head = parts["lm_head"]
+    llava.generation_config = parts["generation_config"]
+    if unknown := sorted(llava.state_dict().keys() - expected):
+        raise ValueError(
+            f"The model has {len(unknown)} tensors that LLaVA has no place for, {unknown[0]} among them. Adapters of "
+            "PEFT are merged first, `PeftModel.from_pretrained(base_model, adapter).merge_and_unload()`."
+        )
+    if not has_embedding(model.config):
+        _add_placeholder(llava)
+    return llava.eval()
+
+
+def _check_becomes_llava(model: VWLMMForConditionalGeneration) -> None:
+    config = model.config
+    if config.use_pseudo_image_features:
+        raise ValueError(
+            "The decoder of this model reads pseudo image features, which are made by the VM head. A LLaVA has none "
+            "and reads image features: its answers would be others. Set `model.config.use_pseudo_image_features = "
+            "False` if that is what you want."
+        )
+    if config.adapter != "mlp":
+        raise ValueError(f"`adapter` is {config.adapter!r}, and a LLaVA has the adapter 'mlp' alone.")
+    if getattr(model, "is_quantized", False):
+        raise ValueError(
+            "The model is quantised. Load it without `quantization_config`, and quantise the LLaVA when you load that."
+        )
+    for name, parameter in model.named_parameters():
+        # DeepSpeed's ZeRO-3 leaves an empty tensor behind, FSDP2 one that is distributed.
+        if parameter.is_meta or hasattr(parameter, "ds_id") or type(parameter.data) is not torch.Tensor:
+            raise ValueError(
+                f"The weights of the model are not whole in this process, {name} among them: they are sharded or "
+                "offloaded. Save the model, and load it in one process without `device_map`."
+            )
+
+
+@torch.no_grad()
+def _add_placeholder(llava: LlavaForConditionalGeneration) -> None:
+    config, generation_config = llava.config, llava.generation_config
+    num_tokens, placeholder = config.text_config.vocab_size, config.image_token_id
+    llava.resize_token_embeddings(placeholder + 1, mean_resizing=False)
+    for module in (llava.get_input_embeddings(), llava.lm_head):
+        module.weight[num_tokens:] = module.weight[:num_tokens].mean(dim=0, dtype=torch.float32)
+    added = range(num_tokens, placeholder + 1)
+    generation_config.suppress_tokens = [*(generation_config.suppress_tokens or []), *added]
 
 
 def _assemble(

@@ -4,6 +4,10 @@
 Converts a checkpoint in the format of the authors' code to this one: model, tokenizer, chat template and processor.
 
     python -m modeling_vwlmm.conversion path/to/VW-LMM-vicuna-7b path/to/output
+
+Or one of this project to Transformers' own LLaVA, for tools that know that:
+
+    python -m modeling_vwlmm.conversion --to-llava path/to/vwlmm path/to/output
 """
 
 import argparse
@@ -12,13 +16,22 @@ import re
 import tempfile
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModel, GenerationConfig, LlamaConfig, MistralConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaForConditionalGeneration,
+    MistralConfig,
+    PreTrainedConfig,
+)
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
@@ -39,6 +52,15 @@ KEY_MAPPING = {
     r"^model\.(embed_tokens|layers|norm)\.": r"model.language_model.\1.",
     r"^vm_head\.": "model.vm_head.",
 }
+# Names of LLaVA's tensors in Transformers, and those under which LLaVAs have been published, which every tool knows.
+PUBLISHED_NAMES = {
+    r"^lm_head\.": "language_model.lm_head.",
+    r"^model\.language_model\.": "language_model.model.",
+    r"^model\.multi_modal_projector\.": "multi_modal_projector.",
+    r"^model\.vision_tower\.": "vision_tower.",
+}
+# Towers whose tensors had a prefix of their own then.
+PREFIXED_TOWERS = ("clip_vision_model", "siglip_vision_model")
 # Buffers that Transformers used to store, and that are computed now.
 COMPUTED_BUFFERS = ("rotary_emb.inv_freq", "embeddings.position_ids")
 
@@ -54,20 +76,19 @@ def convert_official_checkpoint(source: str | Path, output: str | Path, vision_t
             Folder with `config.json`, the tokenizer, and the weights as safetensors or `.bin`, sharded or not, with or
             without the vision tower's tensors.
         output (`str` or `Path`):
-            Folder to write. It must not exist, and appears only when the conversion is complete.
+            Folder to write. It must not exist or be empty, and is filled only when the conversion is complete.
         vision_tower (`str`, *optional*):
             Vision tower: name or path. By default the one that `mm_vision_tower` of the checkpoint names, which is
             looked for in `source` first.
 
     Raises:
-        FileExistsError: If `output` exists.
+        FileExistsError: If `output` exists and is not empty.
         FileNotFoundError: If `source` lacks `config.json` or a file of weights.
         ValueError: If the checkpoint is not of this format, if its tensors are not those that its config announces, if
             a file is damaged, or if a `.bin` file holds anything but tensors.
     """
     source, output = Path(source), Path(output)
-    if output.exists():
-        raise FileExistsError(f"{output} exists already. Remove it, or choose another output folder.")
+    _check_is_free(output)
     official = _read_official_config(source)
     vision_tower = vision_tower or official["mm_vision_tower"]
     if (source / vision_tower).is_dir():
@@ -83,17 +104,74 @@ def convert_official_checkpoint(source: str | Path, output: str | Path, vision_t
         vision_tower, str(source), chat_template="mistral" if _is_mistral(official) else "vicuna_v1"
     )
     processor.vision_feature_select_strategy = model.config.vision_feature_select_strategy
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
-        incomplete = Path(folder) / output.name
-        incomplete.mkdir()
+    with _complete_folder(output) as incomplete:
         processor.save_pretrained(incomplete)
         shards, num_shards = weights.shards(model.config.dtype), len(weights.files) + lacks_vision_tower
         if lacks_vision_tower:
             logger.warning_once(f"{source} holds no vision tower: its tensors come from {vision_tower}.")
             shards = chain(shards, [_read_vision_tower(vision_tower, model.config)])
         _save(model, shards, num_shards, incomplete)
-        incomplete.rename(output)
+
+
+def convert_to_llava(source: str | Path, output: str | Path) -> None:
+    """
+    Converts a saved VW-LMM to Transformers' own LLaVA, model and processor: see [`modeling_vwlmm.assembly.to_llava`].
+
+    Args:
+        source (`str` or `Path`): Folder of a VW-LMM, or its name on the Hub.
+        output (`str` or `Path`): Folder to write. It must not exist or be empty, and is filled only when the
+            conversion is complete.
+
+    Raises:
+        FileExistsError: If `output` exists and is not empty.
+        ValueError: If `source` is of another architecture, an adapter of PEFT, or if no LLaVA computes what it does.
+    """
+    output = Path(output)
+    _check_is_free(output)
+    if (Path(source) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{source} holds an adapter of PEFT. Merge it first, `PeftModel.from_pretrained(base_model, adapter)"
+            ".merge_and_unload()`, and save the merged model."
+        )
+    model_type = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
+    if model_type != VWLMMConfig.model_type:
+        raise ValueError(f"{source} has the model type {model_type!r}; expected {VWLMMConfig.model_type!r}, a VW-LMM.")
+    llava = VWLMMForConditionalGeneration.from_pretrained(source, dtype="auto").to_llava()
+    processor = VWLMMProcessor.from_pretrained(source).to_llava()
+    with _complete_folder(output) as incomplete:
+        # Under the names that `LlavaForConditionalGeneration.save_pretrained` gives, Transformers alone finds a tower.
+        llava.save_pretrained(incomplete, state_dict=_rename_published(llava), save_original_format=False)
+        processor.save_pretrained(incomplete)
+
+
+def _rename_published(llava: LlavaForConditionalGeneration) -> dict[str, torch.Tensor]:
+    names = dict(PUBLISHED_NAMES)
+    if llava.config.vision_config.model_type in PREFIXED_TOWERS:
+        names[r"^vision_tower\."] = "vision_tower.vision_model."
+    tensors = {}
+    for name, tensor in llava.state_dict().items():
+        if name == "lm_head.weight" and llava.config.tie_word_embeddings:
+            continue
+        for pattern, replacement in names.items():
+            name = re.sub(pattern, replacement, name)
+        tensors[name] = tensor
+    return tensors
+
+
+def _check_is_free(output: Path) -> None:
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise FileExistsError(f"{output} exists and is not empty. Remove it, or choose another output folder.")
+
+
+@contextmanager
+def _complete_folder(output: Path) -> Iterator[Path]:
+    """A folder to write, which becomes `output` when everything is in it."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
+        incomplete = Path(folder) / output.name
+        incomplete.mkdir()
+        yield incomplete
+        incomplete.replace(output)
 
 
 def _read_official_config(source: Path) -> dict:
@@ -252,10 +330,17 @@ def _save(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="folder of a checkpoint in the authors' format")
-    parser.add_argument("output", help="folder to write")
+    parser.add_argument("source", help="folder of a checkpoint in the authors' format, with --to-llava of a VW-LMM")
+    parser.add_argument("output", help="folder to write; it must not exist or be empty")
+    parser.add_argument("--to-llava", action="store_true", help="make a LLaVA of Transformers from a VW-LMM")
     parser.add_argument("--vision_tower", help="vision tower, by default the one that the checkpoint names")
-    convert_official_checkpoint(**vars(parser.parse_args()))
+    args = vars(parser.parse_args())
+    if not args.pop("to_llava"):
+        convert_official_checkpoint(**args)
+    elif args.pop("vision_tower") is None:
+        convert_to_llava(**args)
+    else:
+        parser.error("--vision_tower is for checkpoints in the authors' format; a VW-LMM holds its own.")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ Shapes: `B` batch, `L` sequence length, `I` images, `N` image tokens of one imag
 """
 
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -40,6 +39,7 @@ from .objectives_vwlmm import (
     teaches_decoder,
 )
 from .outputs_vwlmm import VWLMMCausalLMOutputWithPast, VWLMMImageFeaturesOutput, summarise
+from .parts_vwlmm import MadeOfParts
 from .placeholders_vwlmm import (
     check_no_placeholder,
     look_placeholders_up_as_first_token,
@@ -219,7 +219,7 @@ class VWLMMModel(FrozenVisionTower, WithVisualWords, LlavaModel):
         )
 
 
-class VWLMMForConditionalGeneration(FrozenVisionTower, WithVisualWords, LlavaForConditionalGeneration):
+class VWLMMForConditionalGeneration(MadeOfParts, FrozenVisionTower, WithVisualWords, LlavaForConditionalGeneration):
     """
     VW-LMM: [`VWLMMModel`] with the MM head (`lm_head`), trained on text and images with one objective.
 
@@ -236,19 +236,6 @@ class VWLMMForConditionalGeneration(FrozenVisionTower, WithVisualWords, LlavaFor
         self.model = VWLMMModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
-
-    @classmethod
-    def from_vision_text_pretrained(
-        cls, vision: str | PreTrainedModel, text: str | PreTrainedModel, **config: Any
-    ) -> "VWLMMForConditionalGeneration":
-        """The model that stage I starts from. See [`modeling_vwlmm.assembly.from_vision_text_pretrained`]."""
-        # Not a relative import: it would make the file travel with every checkpoint.
-        return import_module("modeling_vwlmm.assembly").from_vision_text_pretrained(cls, vision, text, **config)
-
-    @classmethod
-    def from_llava(cls, name_or_path: str, **kwargs: Any) -> "VWLMMForConditionalGeneration":
-        """The model that stage III starts from with a LLaVA at hand. See [`modeling_vwlmm.assembly.from_llava`]."""
-        return import_module("modeling_vwlmm.assembly").from_llava(cls, name_or_path, **kwargs)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """See `PreTrainedModel.save_pretrained`. Tensors get the same names however the model was made or loaded."""

@@ -1,6 +1,6 @@
 # Copyright 2026 The VW-LMM authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of a processor, made from those of a vision tower and an LLM."""
+"""The parts of a processor, made from those of a vision tower and an LLM; and a LLaVA's processor of them."""
 
 import copy
 import os
@@ -12,6 +12,7 @@ from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
     LlamaTokenizer,
+    LlavaProcessor,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -30,6 +31,9 @@ else:
 
 
 IMAGE_TOKEN = "<image>"
+# What opens a template that writes BOS itself.
+WRITES_BOS = re.compile(r"\A\s*\{\{-?\s*bos_token\s*-?\}\}")
+ESCAPED = re.compile(r"\\u([0-9a-fA-F]{4})")
 
 
 def load_image_processor(
@@ -154,3 +158,42 @@ def _tokenize_like_sentencepiece(backend: Tokenizer, tokenizer: LlamaTokenizer) 
         backend.add_special_tokens([AddedToken(tokenizer.eos_token, normalized=True, special=True)])
         start = normalizers.Replace(Regex(rf"\A(?!{re.escape(tokenizer.eos_token)})"), "▁")
     backend.normalizer = normalizers.Sequence([start, normalizers.Replace(" ", "▁")])
+
+
+def make_llava_processor(processor: LlavaProcessor) -> LlavaProcessor:
+    """
+    Transformers' own LLaVA processor, of copies of the parts of ours.
+
+    The templates of LLaVAs leave BOS to the tokenizer, and tools add it there. Ours write it; here it is taken out of
+    the template where the tokenizer adds the same. Characters that are escaped become themselves: llama.cpp's Jinja
+    knows no `\\u`.
+
+    Args:
+        processor ([`VWLMMProcessor`]): What makes the same token ids and pixel values.
+
+    Returns:
+        `LlavaProcessor`
+    """
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    # The backend keeps the truncation and padding of its last call, and would be saved with them.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    # How it was loaded, and code of ours that a LLaVA does not need.
+    for name in ("auto_map", "is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(name, None)
+    settings = {name: value for name, value in processor.image_processor.to_dict().items() if name != "auto_map"}
+    template, bos = processor.chat_template, tokenizer.bos_token
+    if template:
+        template = ESCAPED.sub(lambda match: chr(int(match[1], 16)), template)
+    # Not the same where a tokenizer puts a `▁` at the start of a text, and none behind BOS.
+    if template and bos and tokenizer(bos + "a", add_special_tokens=False)["input_ids"] == tokenizer("a")["input_ids"]:
+        template = WRITES_BOS.sub("", template)
+    return LlavaProcessor(
+        image_processor=type(processor.image_processor)(**settings),
+        tokenizer=tokenizer,
+        patch_size=processor.patch_size,
+        vision_feature_select_strategy=processor.vision_feature_select_strategy,
+        num_additional_image_tokens=processor.num_additional_image_tokens,
+        image_token=processor.image_token,
+        chat_template=template,
+    )

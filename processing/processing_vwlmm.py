@@ -24,7 +24,7 @@ from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import ProcessingKwargs, Unpack
 from transformers.video_utils import VideoInput
 
-from .building_vwlmm import IMAGE_TOKEN, load_image_processor, load_tokenizer
+from .building_vwlmm import IMAGE_TOKEN, load_image_processor, load_tokenizer, make_llava_processor
 from .chat_templates_vwlmm import CHAT_TEMPLATES
 
 
@@ -125,6 +125,17 @@ class VWLMMProcessor(LlavaProcessor):
         )
         processor.chat_template = processor.get_chat_template(chat_template) if chat_template else llava.chat_template
         return processor
+
+    def to_llava(self) -> LlavaProcessor:
+        """
+        Transformers' own LLaVA processor, the counterpart of `VWLMMForConditionalGeneration.to_llava`: the same token
+        ids and pixel values for the same conversations. Its template leaves BOS to the tokenizer, as those of LLaVAs
+        do, wherever the tokenizer adds it with the same ids.
+
+        Returns:
+            `LlavaProcessor`
+        """
+        return make_llava_processor(self)
 
     def get_chat_template(self, name: str) -> str:
         """

@@ -22,6 +22,7 @@ CODE_FILES = {
     "loss_vwlmm.py",
     "objectives_vwlmm.py",
     "outputs_vwlmm.py",
+    "parts_vwlmm.py",
     "placeholders_vwlmm.py",
     "processing_vwlmm.py",
     "vision_vwlmm.py",

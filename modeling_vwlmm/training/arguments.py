@@ -13,6 +13,7 @@ from trl import SFTConfig
 
 from ..objectives_vwlmm import Objective, parse_objectives
 from .stages import METHODS, MODULES
+from .untrusted import check_dataset
 
 
 logger = logging.get_logger(__name__)
@@ -230,11 +231,12 @@ class VWLMMTrainingArguments(SFTConfig):
 
     def check_columns(self, dataset: Dataset | IterableDataset) -> None:
         """
-        Checks that a dataset has the columns that the objectives read.
+        Checks that a dataset has the columns that the objectives read, and no templates or addresses of images.
 
         Raises:
-            ValueError: If it does not.
+            ValueError: If it has not, or has.
         """
+        check_dataset(dataset)
         objectives, _ = self.get_objectives()
         needed = {column: name for name, objective in objectives.items() for column in objective.columns}
         if not needed:

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from ..objectives_vwlmm import Objective, find_supervised_positions
+from .untrusted import check_sample
 
 
 # What can be wrong with a sample: its messages or images, an image file, or messages that the template refuses.
@@ -73,6 +74,8 @@ class VWLMMDataCollator(DataCollatorForVisionLanguageModeling):
                 )
 
     def _collate(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        for example in examples:
+            check_sample(example)
         batch = super().torch_call(examples)
         for objective in self.objectives.values():
             batch |= objective.collate(examples, self.processor, self.image_seq_length)
