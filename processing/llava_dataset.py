@@ -12,13 +12,14 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, Image, List, Value
 from datasets.config import HF_DATASETS_CACHE
 from datasets.utils import tqdm
 from filelock import FileLock
+
+from .images_vwlmm import find_problem
 
 
 IMAGE_MARKER = "<image>"
@@ -321,15 +322,7 @@ def _check_image(task: tuple[str, Path]) -> tuple[bool, str | None]:
     target = os.path.realpath(path)
     if not _lies_in(target, image_folder):
         return True, target
-    try:
-        with PIL.Image.open(path) as image:
-            image.draft("RGB", (1, 1))  # a JPEG is read whole, but decoded at an eighth of its size
-            image.load()
-    except FileNotFoundError:
-        return False, "the file does not exist"
-    except Exception as error:  # the decoders raise whatever a broken file leads them to
-        return False, f"{type(error).__name__}: {error}"
-    return False, None
+    return False, find_problem(path)
 
 
 def _cache_key(json_file: str | os.PathLike, image_folder: Path, on_bad_image: str) -> str:
