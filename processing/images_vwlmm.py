@@ -8,7 +8,8 @@ Every image becomes an upright RGB image of 8 bits a channel, or a `ValueError` 
 - EXIF orientation is applied once. What is transparent lies on white. Of an animation the first frame counts.
 - 16 bits are scaled by 1/257. 32-bit integers are 8 bits where none is above 255, 16 where none is above 65,535, and
   floating point numbers are 0 to 1 or 0 to 255. Anything else is refused, as are NaN and infinity.
-- No image has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels.
+- No image has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels, and no side more than 32,768, which padded to a square
+  would take seconds.
 """
 
 import base64
@@ -29,6 +30,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+MAX_SIDE = 2**15
 # Beyond so many pixels a padded square is never made: the image is resized in one direction before it is padded.
 MAX_SQUARE = 2**26
 STRIP = 2**24  # pixels that are padded and resized at once
@@ -128,8 +130,8 @@ def _check_size(image: PIL.Image.Image) -> None:
             f"it has {image.width} x {image.height} pixels, more than the {limit} of `PIL.Image.MAX_IMAGE_PIXELS`. "
             "Make it smaller, or raise the limit if you trust it"
         )
-    if min(image.size) < 1:
-        raise ValueError(f"it has {image.width} x {image.height} pixels")
+    if min(image.size) < 1 or max(image.size) > MAX_SIDE:
+        raise ValueError(f"it has {image.width} x {image.height} pixels, expected sides of 1 to {MAX_SIDE}. Cut it")
 
 
 def scale_to_8_bits(values: np.ndarray) -> np.ndarray:
