@@ -28,6 +28,8 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from processing_vwlmm.building_vwlmm import count_extra_tokens
+
 from .adapters_vwlmm import make_adapter
 from .configuration_vwlmm import VWLMMConfig
 from .modeling_vwlmm import VWLMMForConditionalGeneration
@@ -65,7 +67,7 @@ def from_vision_text_pretrained(
 
     Raises:
         ValueError: If the LLM makes its logits by more than one matrix (a bias, soft-capping, scaling) or has no
-            `embed_tokens`, or if the vision tower has register tokens.
+            `embed_tokens`, or if the vision tower has other tokens than patches and a class token.
 
     Example:
 
@@ -86,7 +88,7 @@ def from_vision_text_pretrained(
     _check_parts(vision, text)
     vision.to(text.dtype)
 
-    has_class_token = any(name.endswith(("class_embedding", "cls_token")) for name, _ in vision.named_parameters())
+    has_class_token = bool(count_extra_tokens(vision.config))
     config = {
         "vision_feature_select_strategy": "default" if has_class_token else "full",
         "dtype": text.dtype,

@@ -3,13 +3,16 @@
 """The parts of a processor, made from those of a vision tower and an LLM; and a LLaVA's processor of them."""
 
 import copy
+import json
 import os
 import re
 
-from tokenizers import AddedToken, Regex, Tokenizer, normalizers
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
+    AutoModel,
     AutoTokenizer,
     LlamaTokenizer,
     LlavaProcessor,
@@ -21,7 +24,7 @@ from transformers import (
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import cached_file, is_torchvision_available
 
-from .chat_templates_vwlmm import LITERAL_MARK
+from .chat_templates_vwlmm import LITERAL_MARK, NORMALIZED_LITERAL_MARK
 
 
 if is_torchvision_available():
@@ -118,10 +121,7 @@ def load_tokenizer(text: str | os.PathLike | PreTrainedTokenizerBase) -> PreTrai
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     if isinstance(tokenizer, LlamaTokenizer) and str(getattr(tokenizer, "vocab_file", None)).endswith(".model"):
         _tokenize_like_sentencepiece(backend, tokenizer)
-    # Added tokens that are not normalized are found before the normalizer runs. The mark in a literal `<image>` hides
-    # it from that search; here it disappears, and what is left is tokenized as ordinary text.
-    remove_mark = normalizers.Replace(LITERAL_MARK, "")
-    backend.normalizer = normalizers.Sequence([remove_mark] + ([backend.normalizer] if backend.normalizer else []))
+    remove_marks(backend)
     backend.add_special_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)])
 
     # The generic class saves the backend to `tokenizer.json` and loads it back verbatim.
@@ -133,6 +133,64 @@ def load_tokenizer(text: str | os.PathLike | PreTrainedTokenizerBase) -> PreTrai
         # LLaVA pads with the unknown token. Padding is masked, so that any token serves.
         **{"pad_token": tokenizer.unk_token or tokenizer.eos_token, **tokenizer.special_tokens_map},
     )
+
+
+def remove_marks(backend: Tokenizer) -> None:
+    """
+    Lets a tokenizer remove the marks in what is text and looks like a control token, if it does not yet.
+
+    Added tokens are found before the normalizer runs, or those that are normalized, behind it. A mark hides them from
+    that search; then it disappears, and what is left is tokenized as ordinary text.
+    """
+    # In place of their Python objects, whose steps cannot be read. Only what a component is told stands in there.
+    if not _mentions(backend.normalizer, LITERAL_MARK):
+        steps = [normalizers.Replace(LITERAL_MARK, "")] + ([backend.normalizer] if backend.normalizer else [])
+        backend.normalizer = normalizers.Sequence(steps)
+    if not _mentions(backend.pre_tokenizer, NORMALIZED_LITERAL_MARK):
+        steps = [pre_tokenizers.Split(NORMALIZED_LITERAL_MARK, "removed")]
+        steps += [backend.pre_tokenizer] if backend.pre_tokenizer else []
+        backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
+
+
+def _mentions(component: object, mark: str) -> bool:
+    return component is not None and mark in json.dumps(json.loads(component.__getstate__()), ensure_ascii=False)
+
+
+def count_extra_tokens(vision_config: PreTrainedConfig) -> int:
+    """
+    How many tokens a vision tower has beside its patches: 1 if it has a class token, 0 if not. The tower itself is
+    asked, by a run without weights.
+
+    Args:
+        vision_config (`PreTrainedConfig`): Config of the tower.
+
+    Raises:
+        ValueError: If it has more, as those with register tokens, or is none that makes a sequence of features of an
+            image of `image_size` and `patch_size`.
+    """
+    try:
+        if not (isinstance(vision_config.image_size, int) and isinstance(vision_config.patch_size, int)):
+            raise ValueError("`image_size` and `patch_size` are not one number each")
+        with torch.device("meta"), torch.no_grad():
+            tower = AutoModel.from_config(copy.deepcopy(vision_config), dtype=torch.float32).eval()
+            size, patch = vision_config.image_size, vision_config.patch_size
+            images = torch.zeros(1, getattr(vision_config, "num_channels", 3), size, size)  # [1, 3, H, W]
+            features = tower(images, output_hidden_states=True).hidden_states[-1]  # [1, N (+ 1), W]
+        if features.ndim != 3:
+            raise ValueError(f"its features have the shape {tuple(features.shape)}")
+    except Exception as error:  # whatever another kind of tower makes of images
+        raise ValueError(
+            f"A vision tower of type {vision_config.model_type!r} cannot be used ({type(error).__name__}: {error}). "
+            "Expected one that makes `[images, tokens, width]` of square images, as CLIP, SigLIP, DINOv2 and AIMv2 do."
+        ) from error
+    num_extra_tokens = features.shape[1] - (size // patch) ** 2
+    if num_extra_tokens not in (0, 1):
+        raise ValueError(
+            f"A vision tower of type {vision_config.model_type!r} has {features.shape[1]} tokens for "
+            f"{(size // patch) ** 2} patches, {num_extra_tokens} beside them, such as register tokens. Expected "
+            "patches, and a class token at most."
+        )
+    return num_extra_tokens
 
 
 def _is_sentencepiece_llama(source: str | os.PathLike) -> bool:

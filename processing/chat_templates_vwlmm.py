@@ -7,32 +7,46 @@ Rules that all three share:
 
 - An image part of a user message becomes the placeholder `<image>`, with a newline behind it when more of the message
   follows.
-- The characters `<image>` inside a message are text. They are written with `LITERAL_MARK` after the `<`, so that
-  neither the processor nor the tokenizer takes them for a placeholder; the tokenizer's normalizer removes the mark
-  again.
+- The characters of a control token inside a message, such as `<image>` or `</s>`, are text. They are written with a
+  mark behind the first, so that neither the processor nor the tokenizer takes them for the token; the tokenizer
+  removes the mark again. `VWLMMProcessor.apply_chat_template` does so for any template. These do it, too, for who
+  renders them without the processor, as vLLM does: `get_chat_template` writes the tokenizer's tokens in front.
 - `{% generation %}` encloses what the model is trained to write: the answer and the token that closes it.
 - A template starts with the text itself. `VWLMMProcessor.get_chat_template` puts `{{ bos_token }}` in front for the
   tokenizers that open a sequence with one.
 """
 
-# A Unicode noncharacter: reserved for use inside a program, so it never occurs in real text.
+# Unicode noncharacters: reserved for use inside a program, so they never occur in real text. The first disappears in
+# the tokenizer's normalizer, the second behind it, for tokens that are looked for in normalized text.
 LITERAL_MARK = "\ufdd0"
+NORMALIZED_LITERAL_MARK = "\ufdd1"
 
 # `turns` is set in two steps, because vLLM reads from the template whether messages are lists of parts or strings: it
 # follows `messages` through plain assignments and slices to the loop over a message's parts, but not through an inline
 # `if`.
 _CONTENT = r"""
+{%- macro literal(text) -%}
+    {%- set written = namespace(text=text) -%}
+    {%- for token, hidden in control_tokens if token in text -%}
+        {%- set written.text = written.text | replace(token, hidden) -%}
+    {%- endfor -%}
+    {{- written.text -}}
+{%- endmacro -%}
 {%- macro content_of(message) -%}
     {%- if message['content'] is string -%}
-        {{- message['content'] | replace('<image>', '<\ufdd0image>') -}}
+        {{- literal(message['content']) -}}
     {%- elif not message['content'] -%}
         {{- raise_exception(
             "a message of role '" ~ message['role'] ~ "' has no content, expected text or a list of parts."
         ) -}}
     {%- else -%}
         {%- for part in message['content'] -%}
-            {%- if part['type'] == 'text' -%}
-                {{- part['text'] | replace('<image>', '<\ufdd0image>') -}}
+            {%- if part['type'] == 'text' and part['text'] is not string -%}
+                {{- raise_exception(
+                    "a message of role '" ~ message['role'] ~ "' has a part of type 'text' without text."
+                ) -}}
+            {%- elif part['type'] == 'text' -%}
+                {{- literal(part['text']) -}}
             {%- elif part['type'] == 'image' and message['role'] == 'user' -%}
                 {{- '<image>' if loop.last else '<image>\n' -}}
             {%- else -%}

@@ -12,13 +12,14 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, Image, List, Value
 from datasets.config import HF_DATASETS_CACHE
 from datasets.utils import tqdm
 from filelock import FileLock
+
+from .images_vwlmm import find_problem
 
 
 IMAGE_MARKER = "<image>"
@@ -33,9 +34,11 @@ FEATURES = Features(
     }
 )
 # Part of the cache key: raise it whenever the same input gives different rows.
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 # A token's id, written as a string. A word that looks like one could not be told from it.
 NUMBER = re.compile("-?[0-9]+")
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair, which is no character
+URL = re.compile("[A-Za-z][A-Za-z0-9+.-]*://|data:")
 
 
 def load_llava_dataset(
@@ -155,12 +158,16 @@ def _row(index: int, record: Any, image_folder: Path) -> dict[str, Any]:
         raise ValueError(f"record {index}: found a value of type {type(record).__name__}, expected an object.")
     if isinstance(record.get("id"), bool) or not isinstance(record.get("id"), (str, int)):
         raise _malformed(index, "id", record.get("id"), "a string or an integer")
+    _check_encodable(index, "id", str(record["id"]))
     images = record.get("image")
     images = [] if images is None else images if isinstance(images, list) else [images]
     paths = []
     for image in images:
         if not isinstance(image, str) or not image:
             raise _malformed(index, "image", record["image"], "a path, a list of paths, or no such field")
+        _check_encodable(index, "image", image)
+        if URL.match(image) or "\0" in image:
+            raise _malformed(index, "image", image, "a path below the image folder: URLs are never fetched")
         paths.append(os.path.normpath(os.path.join(image_folder, image)))
         if os.path.isabs(image) or not _lies_in(paths[-1], image_folder):
             raise ValueError(
@@ -211,7 +218,7 @@ def _image_labels(index: int, record: dict[str, Any], num_images: int) -> list[l
 def _is_label(label: Any) -> bool:
     if type(label) is int:
         return label == -100 or 0 <= label < 2**31
-    return type(label) is str and label != "" and not NUMBER.fullmatch(label)
+    return type(label) is str and label != "" and not NUMBER.fullmatch(label) and not SURROGATE.search(label)
 
 
 def _features(rows: list[dict[str, Any]]) -> Features:
@@ -241,6 +248,7 @@ def _messages(index: int, conversations: Any) -> list[dict[str, Any]]:
             )
         if not isinstance(turn.get("value"), str):
             raise _malformed(index, f"conversations[{number}].value", turn.get("value"), "a string")
+        _check_encodable(index, f"conversations[{number}].value", turn["value"])
 
     turns = list(enumerate(conversations))
     messages = []
@@ -284,6 +292,11 @@ def _text(text: str) -> dict[str, str | None]:
     return {"type": "text", "text": text}
 
 
+def _check_encodable(index: int, field: str, text: str) -> None:
+    if not text.isascii() and (match := SURROGATE.search(text)):
+        raise _malformed(index, field, text, f"characters; {match.group()!r} is half of a surrogate pair")
+
+
 def _malformed(index: int, field: str, found: Any, expected: str) -> ValueError:
     found = "missing" if found is None else repr(found) if len(repr(found)) < 80 else f"{repr(found)[:77]}..."
     return ValueError(f"record {index}: {field!r} is {found}, expected {expected}")
@@ -321,15 +334,7 @@ def _check_image(task: tuple[str, Path]) -> tuple[bool, str | None]:
     target = os.path.realpath(path)
     if not _lies_in(target, image_folder):
         return True, target
-    try:
-        with PIL.Image.open(path) as image:
-            image.draft("RGB", (1, 1))  # a JPEG is read whole, but decoded at an eighth of its size
-            image.load()
-    except FileNotFoundError:
-        return False, "the file does not exist"
-    except Exception as error:  # the decoders raise whatever a broken file leads them to
-        return False, f"{type(error).__name__}: {error}"
-    return False, None
+    return False, find_problem(path)
 
 
 def _cache_key(json_file: str | os.PathLike, image_folder: Path, on_bad_image: str) -> str:

@@ -3,16 +3,18 @@
 """
 The VW-LMM processor: a conversation with images becomes token ids and pixel values.
 
-This file, `building_vwlmm.py` and `chat_templates_vwlmm.py` are saved with every checkpoint, so that it also loads
-where this package is not installed. They import nothing but Transformers, the `tokenizers` that it needs, and each
-other.
+This file, `building_vwlmm.py`, `chat_templates_vwlmm.py`, `images_vwlmm.py` and `messages_vwlmm.py` are saved with
+every checkpoint, so that it also loads where this package is not installed. They import nothing but Transformers, what
+it needs itself, and each other.
 """
 
+import json
 import os
 from typing import Any
 
 from transformers import (
     AutoConfig,
+    BaseImageProcessor,
     BatchEncoding,
     BatchFeature,
     LlavaProcessor,
@@ -22,10 +24,24 @@ from transformers import (
 from transformers.audio_utils import AudioInput
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import ProcessingKwargs, Unpack
+from transformers.utils.chat_template_utils import _get_template_variables
 from transformers.video_utils import VideoInput
 
-from .building_vwlmm import IMAGE_TOKEN, load_image_processor, load_tokenizer, make_llava_processor
+from .building_vwlmm import (
+    IMAGE_TOKEN,
+    count_extra_tokens,
+    load_image_processor,
+    load_tokenizer,
+    make_llava_processor,
+    remove_marks,
+)
 from .chat_templates_vwlmm import CHAT_TEMPLATES
+from .images_vwlmm import add_image_rules
+from .messages_vwlmm import check_conversation, check_text, get_hidden_control_tokens, hide_control_tokens
+
+
+# What `_add_bos_to_each` pads itself, and with what.
+PADDING = {"offset_mapping": (0, 0), "mm_token_type_ids": 0}
 
 
 class VWLMMProcessor(LlavaProcessor):
@@ -33,14 +49,41 @@ class VWLMMProcessor(LlavaProcessor):
     Prepares text and images for VW-LMM: LLaVA's image processor (padding to a square with the mean colour, then
     resizing) and the LLM's tokenizer, which knows the image placeholder `<image>`.
 
-    Use `apply_chat_template` for conversations: any number of images, or none, in any user message, and the literal
-    text `<image>` inside a message stays text. In a prompt passed to `processor(text=..., images=...)` every `<image>`
-    is the placeholder of one image. Each becomes as many placeholder tokens as the vision tower gives features, 576
-    for CLIP-ViT-L/14-336px.
+    Use `apply_chat_template` for conversations: any number of images, or none, in any user message. What looks like a
+    control token inside a message, `<image>` or `</s>`, stays text. In a prompt passed to
+    `processor(text=..., images=...)` every `<image>` is the placeholder of one image. Each becomes as many placeholder
+    tokens as the vision tower gives features, 576 for CLIP-ViT-L/14-336px.
+
+    Images are PIL images, arrays, paths, URLs or the content of a file; `images_vwlmm.py` says what becomes of those
+    that are no upright RGB images of 8 bits.
 
     Calling the processor returns `input_ids` and `attention_mask`, both `[batch, length]`, and, if there are images,
     `pixel_values`, `[images, 3, height, width]`, the images of all samples in order.
     """
+
+    # Transformers reads the names of the arguments from here.
+    def __init__(
+        self,
+        image_processor: BaseImageProcessor | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        patch_size: int | None = None,
+        vision_feature_select_strategy: str | None = None,
+        chat_template: str | None = None,
+        image_token: str = IMAGE_TOKEN,
+        num_additional_image_tokens: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        remove_marks(tokenizer.backend_tokenizer)  # of a folder that was saved before, or made by hand
+        super().__init__(
+            image_processor=add_image_rules(image_processor),
+            tokenizer=tokenizer,
+            patch_size=patch_size,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            chat_template=chat_template,
+            image_token=image_token,
+            num_additional_image_tokens=num_additional_image_tokens,
+            **kwargs,
+        )
 
     @classmethod
     def from_vision_text_pretrained(
@@ -60,10 +103,9 @@ class VWLMMProcessor(LlavaProcessor):
         Args:
             vision (`str`, `os.PathLike` or `PreTrainedModel`):
                 Name or path of a CLIP-, SigLIP- or DINOv2-like vision tower with its `preprocessor_config.json`, or
-                the loaded model (its image processor is then read from `name_or_path`). A tower whose model type
-                starts with `siglip` has no class token; every other is taken to have one, which is dropped from the
-                features. Where the tower's own processor keeps only the middle of an image, as DINOv2's does, the
-                whole image is resized to the tower's `image_size` instead.
+                the loaded model (its image processor is then read from `name_or_path`). A class token, where the
+                tower has one, is dropped from the features. Where the tower's own processor keeps only the middle of
+                an image, as DINOv2's does, the whole image is resized to the tower's `image_size` instead.
             text (`str`, `os.PathLike` or `PreTrainedTokenizerBase`):
                 Name or path of the LLM, or its tokenizer. A Llama tokenizer that comes from a `tokenizer.model`
                 tokenizes as the authors' code did, `legacy` flag included; every other is kept as it is.
@@ -75,18 +117,18 @@ class VWLMMProcessor(LlavaProcessor):
 
         Raises:
             ValueError: If there is no such template, if a loaded tower has no `name_or_path`, if its image processor
-                makes images of another size than it takes, or if the tokenizer has no `tokenizers` backend or no
-                `eos_token`.
+                makes images of another size than it takes, if the tower has other tokens than patches and a class
+                token, or if the tokenizer has no `tokenizers` backend or no `eos_token`.
         """
         vision_config, image_processor = load_image_processor(vision)
         tokenizer = load_tokenizer(text)
-        has_class_token = not vision_config.model_type.startswith("siglip")
+        num_extra_tokens = count_extra_tokens(vision_config)
         processor = cls(
             image_processor=image_processor,
             tokenizer=tokenizer,
             patch_size=vision_config.patch_size,
-            vision_feature_select_strategy="default" if has_class_token else "full",
-            num_additional_image_tokens=1 if has_class_token else 0,
+            vision_feature_select_strategy="default" if num_extra_tokens else "full",
+            num_additional_image_tokens=num_extra_tokens,
             image_token=IMAGE_TOKEN,
         )
         processor.chat_template = processor.get_chat_template(chat_template)
@@ -113,14 +155,13 @@ class VWLMMProcessor(LlavaProcessor):
         """
         config = AutoConfig.from_pretrained(name_or_path)
         llava = LlavaProcessor.from_pretrained(name_or_path)
-        has_class_token = not config.vision_config.model_type.startswith("siglip")
         processor = cls(
             image_processor=llava.image_processor,
             tokenizer=load_tokenizer(llava.tokenizer),
             # Early checkpoints leave these to the config.
             patch_size=config.vision_config.patch_size,
             vision_feature_select_strategy=config.vision_feature_select_strategy,
-            num_additional_image_tokens=1 if has_class_token else 0,
+            num_additional_image_tokens=count_extra_tokens(config.vision_config),
             image_token=IMAGE_TOKEN,
         )
         processor.chat_template = processor.get_chat_template(chat_template) if chat_template else llava.chat_template
@@ -145,7 +186,8 @@ class VWLMMProcessor(LlavaProcessor):
             name (`str`): `"vicuna_v1"`, `"mistral"` or `"plain"`.
 
         Returns:
-            `str`, the Jinja template, which opens with BOS where the tokenizer itself would add one.
+            `str`, the Jinja template, which opens with BOS where the tokenizer itself would add one, and knows the
+            tokenizer's control tokens.
 
         Raises:
             ValueError: If there is no template of that name.
@@ -155,7 +197,86 @@ class VWLMMProcessor(LlavaProcessor):
         adds_bos = self.tokenizer.bos_token_id is not None and (
             self.tokenizer("a").input_ids[0] == self.tokenizer.bos_token_id
         )
-        return ("{{- bos_token -}}" if adds_bos else "") + CHAT_TEMPLATES[name]
+        hidden = json.dumps(list(get_hidden_control_tokens(self.tokenizer).items()), ensure_ascii=False)
+        return (
+            ("{{- bos_token -}}" if adds_bos else "")
+            + f"{{%- set control_tokens = {hidden} -%}}\n"
+            + CHAT_TEMPLATES[name]
+        )
+
+    def apply_chat_template(
+        self,
+        conversation: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        chat_template: str | None = None,
+        tools: list[dict] | None = None,
+        documents: list[dict[str, str]] | None = None,
+        **kwargs: Any,
+    ) -> str | list[str] | list[list[int]] | BatchFeature:
+        """
+        See `ProcessorMixin.apply_chat_template`.
+
+        The control tokens that are typed in a conversation are text, with any template: those of the prompt are the
+        template's alone. `sanitize_control_tokens`, which asks Transformers for it, changes nothing.
+
+        Args:
+            conversation (`list[dict]` or `list[list[dict]]`): A conversation or several: messages of `role` and
+                `content`, a string or a list of parts of type `"text"` or `"image"`.
+            chat_template (`str`, *optional*): A Jinja template, by default the processor's own.
+            tools, documents (*optional*): For templates that have a place for them.
+            kwargs: What else `ProcessorMixin.apply_chat_template`, the template and the processor take.
+
+        Raises:
+            ValueError: If a message or part is none, with its index, or if something is passed that the template, the
+                model or the processor has no place for.
+        """
+        kwargs.pop("sanitize_control_tokens", None)
+        templates = self.chat_template if isinstance(self.chat_template, dict) else {}
+        name = chat_template or ("default" if templates else None)
+        template = templates.get(name, name) or self.chat_template
+        variables = _get_template_variables(template)  # private: there is no other way to know
+        for name, value in (("tools", tools), ("documents", documents)):
+            if value and name not in variables:
+                raise ValueError(f"`{name}` is set, and the chat template has no place for it. Leave it out.")
+        if kwargs.get("load_audio_from_video"):
+            raise ValueError("`load_audio_from_video` is set: the model has no audio and no video. Leave it out.")
+        if kwargs.get("return_assistant_tokens_mask") and not (kwargs.get("tokenize") and kwargs.get("return_dict")):
+            raise ValueError("`return_assistant_tokens_mask` needs `tokenize=True` and `return_dict=True`.")
+        known = super().apply_chat_template.__func__.__code__.co_varnames
+        self._check_arguments({k: v for k, v in kwargs.items() if k not in variables and k not in known})
+
+        is_batch = isinstance(conversation, (list, tuple)) and isinstance((*conversation, None)[0], (list, tuple))
+        for index, messages in enumerate(conversation if is_batch else [conversation]):
+            check_conversation(messages, template or "", f"conversation {index}, " if is_batch else "")
+        hidden = get_hidden_control_tokens(self.tokenizer)
+        typed = {name: hide_control_tokens(value, hidden) for name, value in kwargs.items() if name in variables}
+        return super().apply_chat_template(
+            hide_control_tokens(conversation, hidden),
+            chat_template=chat_template,
+            tools=hide_control_tokens(tools, hidden),
+            documents=hide_control_tokens(documents, hidden),
+            **{**kwargs, **typed},
+        )
+
+    def _check_arguments(self, arguments: dict[str, Any]) -> None:
+        """Raises `ValueError` if the processor would ignore an argument."""
+        groups = ProcessingKwargs.__annotations__
+        image_kwargs = getattr(self.image_processor, "valid_kwargs", None)
+        known = {
+            "text_kwargs": {*groups["text_kwargs"].__annotations__},
+            "images_kwargs": {*groups["images_kwargs"].__annotations__, *getattr(image_kwargs, "__annotations__", {})},
+        }
+        of_processor = {*known, *groups, "common_kwargs", "return_metadata"} - {"videos_kwargs", "audio_kwargs"}
+        for name, value in arguments.items():
+            if name in known:
+                unknown = {*value} - known[name]
+                name = f"{name}[{sorted(unknown)[0]!r}]" if unknown else None
+            elif name in of_processor or any(name in names for names in known.values()):
+                continue
+            if name and value:
+                raise ValueError(
+                    f"`{name}` is set, and neither the tokenizer, the image processor nor the chat template has a "
+                    "place for it. Leave it out."
+                )
 
     def __call__(
         self,
@@ -172,7 +293,7 @@ class VWLMMProcessor(LlavaProcessor):
         Args:
             images (`ImageInput`, *optional*): The images of all prompts in order, or a list of them for each prompt.
             text (`str` or `list[str]`, *optional*): Prompts, `<image>` in the place of each image.
-            videos, audio (*optional*): Not read: the model has no such inputs.
+            videos, audio (*optional*): Refused: the model has no such inputs.
             kwargs: What tokenizer and image processor take, such as `padding` and `return_tensors`.
 
         Returns:
@@ -180,16 +301,66 @@ class VWLMMProcessor(LlavaProcessor):
             `pixel_values`, `[images, 3, height, width]`.
 
         Raises:
-            ValueError: If there are not as many images as placeholders, or if `max_length` cuts image tokens.
+            ValueError: If there are not as many images as placeholders, if `max_length` cuts image tokens, if an image
+                or a text is none, or if something is passed that would be ignored.
         """
+        for name, value in (("videos", videos), ("audio", audio)):
+            if value is not None and len(value):
+                raise ValueError(f"`{name}` is set: the model reads text and images alone. Leave it out.")
+        self._check_arguments(kwargs)
         if isinstance(images, (list, tuple)) and all(isinstance(i, (list, tuple)) and not i for i in images):
             images = None  # `[]` or `[[], []]`: text-only samples
+        texts = [text] if isinstance(text, str) else text if isinstance(text, (list, tuple)) else []
+        for index, sample in enumerate(texts):
+            if not isinstance(sample, str):
+                raise ValueError(f"text[{index}] is a {type(sample).__name__}, expected a string.")
+            check_text(sample, f"text[{index}]")
         # A prompt that `apply_chat_template` has written opens with BOS, and must not get a second one.
-        first = text[0] if isinstance(text, (list, tuple)) and text else text
-        has_bos = isinstance(first, str) and self.tokenizer.bos_token and first.startswith(self.tokenizer.bos_token)
-        if has_bos and "add_special_tokens" not in kwargs.get("text_kwargs", {}):
-            kwargs.setdefault("add_special_tokens", False)
-        return super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
+        bos = self.tokenizer.bos_token
+        has_bos = [bool(bos) and sample.startswith(bos) for sample in texts]
+        groups = (kwargs, kwargs.get("text_kwargs", {}), kwargs.get("common_kwargs", {}))
+        if any(has_bos) and not any("add_special_tokens" in group for group in groups):
+            if not all(has_bos):
+                return self._add_bos_to_each(images, texts, kwargs)
+            kwargs["add_special_tokens"] = False
+        return super().__call__(images=images, text=text, **kwargs)
+
+    def _add_bos_to_each(self, images: ImageInput | None, text: list[str], kwargs: dict[str, Any]) -> BatchFeature:
+        """A batch of prompts of which some open with BOS: each is tokenized by itself, then they are padded."""
+        images = None if images is None else self.image_processor.fetch_images(images)
+        self.validate_inputs(images=images, text=list(text))
+        images = [] if images is None else make_flat_list_of_images(images)
+        options = {**kwargs.get("common_kwargs", {}), **kwargs.get("text_kwargs", {}), **kwargs}
+        of_batch = ("padding", "pad_to_multiple_of", "return_tensors")
+        kwargs = {
+            name: {k: v for k, v in value.items() if k not in of_batch} if isinstance(value, dict) else value
+            for name, value in kwargs.items()
+            if name not in of_batch
+        }
+        batch, start = {}, 0
+        for sample in text:
+            end = start + sample.count(self.image_token)
+            row = self(images=list(images[start:end]) or None, text=[sample], **kwargs)
+            start = end
+            for name, values in row.items():
+                batch.setdefault(name, []).extend(values)
+        if padding := options.get("padding"):
+            side = options.get("padding_side") or self.tokenizer.padding_side
+            names = ("input_ids", "attention_mask", "token_type_ids", "special_tokens_mask")
+            batch |= self.tokenizer.pad(
+                {name: batch[name] for name in names if name in batch},
+                padding=padding,
+                max_length=options.get("max_length"),
+                pad_to_multiple_of=options.get("pad_to_multiple_of"),
+                padding_side=side,
+            )
+            for name in PADDING.keys() & batch.keys():
+                for index, (values, ids) in enumerate(zip(batch[name], batch["input_ids"], strict=True)):
+                    filling = [PADDING[name]] * (len(ids) - len(values))
+                    batch[name][index] = [*filling, *values] if side == "left" else [*values, *filling]
+        return BatchFeature(
+            batch, tensor_type=options.get("return_tensors"), skip_tensor_conversion=self.skip_tensor_conversion
+        )
 
     def validate_inputs(
         self,

@@ -29,6 +29,8 @@ CODE_FILES = {
     "visual_words_vwlmm.py",
     "building_vwlmm.py",
     "chat_templates_vwlmm.py",
+    "images_vwlmm.py",
+    "messages_vwlmm.py",
 }
 OTHER_FILES = {
     "config.json",
