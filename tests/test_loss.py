@@ -84,6 +84,15 @@ class TestValues:
         hidden, weight = inputs["teacher_hidden"].detach(), inputs["teacher_weight"].detach()
         assert abs(linear_kl_div(hidden, weight, hidden, weight)) < 1e-5
 
+    def test_kl_div_of_a_student_that_nearly_agrees(self):
+        inputs = make_inputs(torch.float32)
+        hidden, weight = inputs["teacher_hidden"].detach(), inputs["teacher_weight"].detach()
+        student = hidden + 1e-3 * torch.randn(V, D, generator=torch.Generator().manual_seed(1))
+        found = linear_kl_div(student, weight, hidden, weight)
+        exact = linear_kl_div(student.double(), weight.double(), hidden.double(), weight.double())
+        assert 0 < exact < 1e-2  # what is left of entropies of more than 100
+        assert_close(found.double(), exact, rtol=2e-2, atol=0)
+
     def test_gradcheck(self):
         inputs = make_inputs()
         hidden, weight = inputs["student_hidden"][T : T + 5].detach(), inputs["student_weight"][:13].detach()
