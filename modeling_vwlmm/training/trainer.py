@@ -359,8 +359,10 @@ class VWLMMTrainer(SFTTrainer):
         collator, self.data_collator = self.data_collator, FilledBatchCollator(self.data_collator)
         try:
             if isinstance(dataset, IterableDataset):
+                if dataset.column_names is not None:  # which a generator does not tell
+                    dataset = self._remove_unused_columns(dataset, "Training")
                 stream = GlobalStream(
-                    self._remove_unused_columns(dataset, "Training"),
+                    dataset,
                     config.max_steps,
                     config.global_batch_size,
                     config.per_device_train_batch_size,
