@@ -57,6 +57,12 @@ def make_adapter(config: VWLMMConfig) -> nn.Module:
     return ADAPTERS[config.adapter](config)
 
 
+def to_dtype_of(module: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in the dtype of a module's weights, for parts of a model may differ. Autocast sees to it itself."""
+    weight = next((weight for weight in module.parameters() if weight.is_floating_point()), tensor)
+    return tensor if torch.is_autocast_enabled(tensor.device.type) else tensor.to(weight.dtype)
+
+
 def adapt(adapter: nn.Module, patch_features: torch.Tensor, image_sizes: list[int] | None = None) -> AdapterOutput:
     """
     Calls an adapter, and gives what it returns its full form.
@@ -66,7 +72,7 @@ def adapt(adapter: nn.Module, patch_features: torch.Tensor, image_sizes: list[in
         patch_features (`torch.Tensor` of shape `[I, N, W]`): What the tower made of the images.
         image_sizes (`list[int]`, *optional*): Patches of each image, for towers that put all images into one row.
     """
-    output = adapter(patch_features)  # [I, N, D]
+    output = adapter(to_dtype_of(adapter, patch_features))  # [I, N, D]
     if isinstance(output, AdapterOutput):
         return output
     return AdapterOutput(list(output) if image_sizes is None else list(output.squeeze(0).split(image_sizes)))

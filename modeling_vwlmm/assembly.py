@@ -24,6 +24,7 @@ from transformers import (
     GenerationConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils import cached_file
@@ -248,6 +249,7 @@ def _assemble(
     *,
     generation_config: GenerationConfig,
 ) -> VWLMMForConditionalGeneration:
+    check_is_dense(config.text_config)
     # Only what is new is made: everything else is built on no device, then put in place.
     with torch.device("meta"):
         model = cls(config)
@@ -262,6 +264,15 @@ def _assemble(
     model.tie_weights()
     model.generation_config = generation_config
     return model.eval()
+
+
+def check_is_dense(text_config: PreTrainedConfig) -> None:
+    """Raises `ValueError` if a decoder shares its tokens out among experts."""
+    if hasattr(text_config, "output_router_logits") or getattr(text_config, "num_experts", None):
+        raise ValueError(
+            f"A decoder of type {text_config.model_type!r} shares its tokens out among experts, whose router needs a "
+            "loss of its own, and VW-LMM has none for it. Use a dense LLM, as Llama, Mistral and Qwen3 are."
+        )
 
 
 def _check_parts(vision: PreTrainedModel, text: PreTrainedModel) -> None:

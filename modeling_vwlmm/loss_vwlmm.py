@@ -130,6 +130,10 @@ def linear_row_losses(
             f"{teacher_weight.shape[0]} tokens; expected one student position for each label and teacher position, "
             "and heads over one vocabulary."
         )
+    if not torch.is_autocast_enabled(student_hidden.device.type):
+        # The dtypes of decoder, heads and adapter may differ: each head reads its inputs in its own.
+        student_hidden = student_hidden.to(student_weight.dtype)
+        teacher_hidden = teacher_hidden.to(teacher_weight.dtype)
     return _LinearLoss.apply(
         student_hidden,
         student_weight,

@@ -24,7 +24,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from .adapters_vwlmm import adapt, make_adapter
+from .adapters_vwlmm import adapt, make_adapter, to_dtype_of
 from .configuration_vwlmm import VWLMMConfig
 from .objectives_vwlmm import (
     ObjectiveInputs,
@@ -39,6 +39,7 @@ from .objectives_vwlmm import (
     teaches_decoder,
 )
 from .outputs_vwlmm import VWLMMCausalLMOutputWithPast, VWLMMImageFeaturesOutput, summarise
+from .packed_vwlmm import keep_samples_apart
 from .parts_vwlmm import MadeOfParts
 from .placeholders_vwlmm import (
     check_no_placeholder,
@@ -154,7 +155,7 @@ class VWLMMModel(FrozenVisionTower, WithVisualWords, LlavaModel):
             ValueError: If they come twice.
         """
         images = (mm_encoder_outputs or {}).get("image")
-        if pixel_values is None:
+        if pixel_values is None or not len(pixel_values):
             return images
         if images is not None:
             raise ValueError("Pass images as `pixel_values` or as `mm_encoder_outputs`, not as both.")
@@ -204,8 +205,8 @@ class VWLMMModel(FrozenVisionTower, WithVisualWords, LlavaModel):
                 inputs_embeds, read, input_ids, embed, self.config, image_positions
             )  # [B, L, D]
 
+        kwargs |= keep_samples_apart(position_ids, attention_mask, past_key_values, kwargs.get("use_cache"))
         outputs = self.language_model(
-            attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
@@ -356,7 +357,7 @@ class VWLMMForConditionalGeneration(MadeOfParts, FrozenVisionTower, WithVisualWo
             logits_to_keep = 0
         if logits_to_keep is not None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden_states[:, kept])  # [B, kept, C]
+            logits = self.lm_head(to_dtype_of(self.lm_head, hidden_states[:, kept]))  # [B, kept, C]
 
         losses = {}
         if objectives:

@@ -547,10 +547,12 @@ def prepare_batch(
     is_visual = any(name != "language" for name in objectives)
     if is_visual and batch["input_ids"] is None:
         raise ValueError("A `visual_objective` needs `input_ids`: they say which positions are image tokens.")
-    if is_visual and batch["attention_mask"] is not None and batch["attention_mask"].dim() != 2:
+    mask = batch["attention_mask"]
+    if is_visual and mask is not None and getattr(mask, "ndim", None) != 2:
+        found = f"has shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else f"is a {type(mask).__name__}"
         raise ValueError(
-            f"`attention_mask` has shape {tuple(batch['attention_mask'].shape)}; beside a `visual_objective` it has "
-            "to say what is padding, `[B, L]`."
+            f"`attention_mask` {found}; beside a `visual_objective` it has to say what is padding, `[B, L]`. Samples "
+            "in one row are kept apart by `position_ids` that start again."
         )
     for name, objective in objectives.items():
         for column in objective.columns:

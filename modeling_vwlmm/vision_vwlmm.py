@@ -6,6 +6,7 @@ The vision tower: how it runs, and that it is frozen unless its user unfreezes i
 Shapes: `I` images, `N` image tokens of one image, `W` width of the patch features.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from transformers.utils import output_capturing
 from .configuration_vwlmm import VWLMMConfig
 
 
+# What is not quantised.
+WHOLE = ("lm_head", "model.vm_head", "model.multi_modal_projector")
 # Whether Transformers can keep the outputs of some layers and no others (5.23), counted from the last ones, too.
 KEEPS_NAMED_LAYERS = hasattr(output_capturing, "selected_hidden_states")
 
@@ -25,11 +28,34 @@ class FrozenVisionTower:
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """See `PreTrainedModel.from_pretrained`. The vision tower is frozen until its user unfreezes it."""
+        """
+        See `PreTrainedModel.from_pretrained`. The vision tower is frozen until its user unfreezes it. No quantiser
+        touches heads and adapter, whatever else it is told to leave: the losses read their weights, and they train.
+        All else of a quantised model is frozen: bitsandbytes adds biases in place, which fails where they train.
+        """
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = leave_whole(kwargs["quantization_config"])
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with `output_loading_info`
         model.base_model.vision_tower.requires_grad_(False)
+        if getattr(model, "is_quantized", False):
+            for name, parameter in model.named_parameters():
+                if not any(f".{whole}." in f".model.{name}" for whole in WHOLE):
+                    parameter.requires_grad_(False)
         return loaded
+
+
+def leave_whole(quantization_config: Any) -> Any:
+    """A copy of a quantiser's config that leaves out what has to stay as it is, beside what its user leaves out."""
+    quantization_config = copy.deepcopy(quantization_config)
+    is_dict = isinstance(quantization_config, dict)
+    fields = quantization_config if is_dict else vars(quantization_config)
+    for name in ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules"):  # of one quantiser or another
+        if name in fields:
+            fields[name] = list(dict.fromkeys([*(fields[name] or ()), *WHOLE]))
+    if is_dict and (fields.get("load_in_4bit") or fields.get("load_in_8bit")):
+        fields["llm_int8_skip_modules"] = list(dict.fromkeys([*fields.get("llm_int8_skip_modules", ()), *WHOLE]))
+    return quantization_config
 
 
 def run_vision_tower(

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .adapters_vwlmm import to_dtype_of
 from .loss_vwlmm import max_chunk_rows
 from .outputs_vwlmm import VisualWordsOutput
 
@@ -33,6 +34,7 @@ class VMHead(nn.Linear):
             pseudo image features `softmax(W_VM x) E` (equation 8 of the paper). Rows of these pass in chunks, which
             backward computes again: nothing of size `[..., C]` outlives its chunk.
         """
+        image_features = to_dtype_of(self, image_features)
         if embeddings is None:
             return super().forward(image_features)
         chunks = image_features.split(max_chunk_rows(image_features.device, 4 * self.out_features))

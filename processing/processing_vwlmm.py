@@ -308,6 +308,11 @@ class VWLMMProcessor(LlavaProcessor):
             if value is not None and len(value):
                 raise ValueError(f"`{name}` is set: the model reads text and images alone. Leave it out.")
         self._check_arguments(kwargs)
+        if {**kwargs, **kwargs.get("text_kwargs", {})}.get("return_overflowing_tokens"):
+            raise ValueError(
+                "`return_overflowing_tokens` is set: the rest of a prompt would be a sample without its images. Leave "
+                "it out, and raise `max_length`."
+            )
         if isinstance(images, (list, tuple)) and all(isinstance(i, (list, tuple)) and not i for i in images):
             images = None  # `[]` or `[[], []]`: text-only samples
         texts = [text] if isinstance(text, str) else text if isinstance(text, (list, tuple)) else []

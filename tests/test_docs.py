@@ -338,6 +338,18 @@ FOREIGN = {
     *("mmbench_cn", "mmvet", "OPENAI_API_KEY"),
     # Of torch, Transformers (a keyword that `from_pretrained` does not list, a prefix of logs, a command) and Llama.
     *("requires_grad", "device_map", "eval_", "serve", "q_proj"),
+    # Of those that the page on security speaks of.
+    *(
+        "image",
+        "image_url",
+        "tools",
+        "chat_template_kwargs",
+        "env",
+        "SHARDED_STATE_DICT",
+        "cast_column",
+        "List",
+        "Image",
+    ),
 }
 SYMBOL = re.compile(r"[A-Za-z](_[A-Za-z]{1,2})?")  # of the equations: `C`, `x_n`, `W_VM`
 PATH = re.compile(r"[\w./-]+/[\w./-]*|[\w-]+\.(py|yaml|md|bin|model|jsonl|safetensors)")

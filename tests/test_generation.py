@@ -3,6 +3,7 @@
 """What Transformers' users do with a model: every way to generate, every attention, offload, shards, quantization."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -336,7 +337,8 @@ class TestQuantization:
         set_seed(0)
         size = {"hidden_size": 64, "intermediate_size": 128}
         model = VWLMMForConditionalGeneration.from_vision_text_pretrained(
-            tiny_vision("clip", **size), tiny_text("llama", **size, num_key_value_heads=4, vocab_size=480)
+            tiny_vision("clip", **size),
+            tiny_text("llama", **size, num_key_value_heads=4, vocab_size=480, attention_bias=True),
         )
         model.save_pretrained(tmp_path / "full")
         return str(tmp_path / "full")
@@ -353,7 +355,31 @@ class TestQuantization:
         assert torch.equal(quantized.model.vm_head.weight, full.model.vm_head.weight)
         linear = {name for name, module in full.named_modules() if isinstance(module, nn.Linear)}
         converted = {name for name in linear if type(quantized.get_submodule(name)).__module__.startswith("bitsandb")}
-        assert linear - converted == {"lm_head", "model.vm_head"}
+        adapter = {f"model.multi_modal_projector.linear_{number}" for number in (1, 2)}
+        assert linear - converted == {"lm_head", "model.vm_head", *adapter}
+        assert {name for name, p in quantized.named_parameters() if p.requires_grad} == {
+            name for name, _ in full.named_parameters() if name.startswith(("lm_head", "model.vm_head", *adapter))
+        }
+
+    @pytest.mark.parametrize("as_dict", [False, True])
+    def test_what_its_user_leaves_out_is_left_out_beside_them(self, folder, prompts, as_dict):
+        options = {"load_in_4bit": True, "llm_int8_skip_modules": ["model.vision_tower"]}
+        config = options if as_dict else BitsAndBytesConfig(**options)
+        model = VWLMMForConditionalGeneration.from_pretrained(folder, quantization_config=config)
+        kept = {name for name, module in model.named_modules() if type(module) is nn.Linear}
+        assert {name.split(".")[-2] if "." in name else name for name in kept if "vision_tower" not in name} == {
+            "multi_modal_projector",
+            "lm_head",
+        }
+        assert any("vision_tower" in name for name in kept)
+        assert options["llm_int8_skip_modules"] == ["model.vision_tower"]  # the user's own stays
+        assert math.isfinite(model(**prompts, visual_objective="visual_words").loss.item())
+
+    def test_runs_with_gradients_on(self, quantized, prompts):
+        """bitsandbytes adds a bias in place, which fails on one with a gradient: not in the first call."""
+        for _ in range(2):
+            quantized.eval()(**prompts)
+            quantized.get_image_features(prompts["pixel_values"])
 
     @pytest.mark.parametrize("use_pseudo_image_features", [False, True], ids=["plain", "pseudo_image_features"])
     def test_answers_are_close(self, quantized, folder, prompts, use_pseudo_image_features):

@@ -26,6 +26,7 @@ CODE_FILES = {
     "placeholders_vwlmm.py",
     "processing_vwlmm.py",
     "vision_vwlmm.py",
+    "packed_vwlmm.py",
     "visual_words_vwlmm.py",
     "building_vwlmm.py",
     "chat_templates_vwlmm.py",

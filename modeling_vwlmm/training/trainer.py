@@ -37,6 +37,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from processing_vwlmm import VWLMMProcessor
 
+from ..assembly import check_is_dense
 from ..modeling_vwlmm import VWLMMForConditionalGeneration
 from ..objectives_vwlmm import find_supervised_positions
 from ..outputs_vwlmm import VWLMMCausalLMOutputWithPast
@@ -167,6 +168,7 @@ class VWLMMTrainer(SFTTrainer):
                 "lose what this stage trains. Merge it first, `PeftModel.from_pretrained(base_model, "
                 "adapter).merge_and_unload()`, or pass the `PeftModel` to go on training the adapter."
             )
+        check_is_dense(base_model.config.text_config)
         check_options(args, kwargs, uses_peft=is_peft_model(model) or peft_config is not None)
         if isinstance(train_dataset, IterableDataset):
             check_stream_options(args)
@@ -186,6 +188,8 @@ class VWLMMTrainer(SFTTrainer):
         if args.chat_template is not None:
             chat_template = read_chat_template(args, processing_class)
             args.assistant_only_loss = False
+        elif args.assistant_only_loss and args.chat_template_path is None:
+            check_generation_markers(processing_class.chat_template, "The processor's chat template")
         super().__init__(
             model=model,
             args=args,
@@ -805,13 +809,20 @@ def read_chat_template(args: VWLMMTrainingArguments, processing_class: Processor
     """The template that `args.chat_template` names, or is."""
     is_jinja = "{" in args.chat_template
     template = args.chat_template if is_jinja else processing_class.get_chat_template(args.chat_template)
-    if args.assistant_only_loss and not has_generation_markers(template):
-        raise ValueError(
-            "`chat_template` has no `{% generation %}` tags, which say what the assistant's part of a prompt is. "
-            "Enclose the answer and the token that closes it in `{% generation %}` and `{% endgeneration %}`, or set "
-            "`assistant_only_loss=False` to learn the whole prompt."
-        )
+    if args.assistant_only_loss:
+        check_generation_markers(template, "`chat_template`")
     return template
+
+
+def check_generation_markers(template: str | dict[str, str], name: str) -> None:
+    """Raises `ValueError` if a template does not say what the assistant's part of a prompt is."""
+    if not has_generation_markers(template):
+        raise ValueError(
+            f"{name} has no `{{% generation %}}` tags, which say what the assistant's part of a prompt is. Enclose "
+            "the answer and the token that closes it in `{% generation %}` and `{% endgeneration %}`, set "
+            "`chat_template='vicuna_v1'` or another that has them, or `assistant_only_loss=False` to learn the whole "
+            "prompt."
+        )
 
 
 def warn_about_untrained_modules(trained_stages: list[int], args: VWLMMTrainingArguments) -> None:
