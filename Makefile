@@ -2,13 +2,17 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: demo test test-oldest test-peers test-lmms-eval test-vllm mutants lint bench clean
+.PHONY: demo test test-long test-oldest test-peers test-lmms-eval test-vllm mutants lint bench clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python examples/demo.py
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2
+
+# What takes long: 50 kills at random moments of the four stages, and every stage on every layout. Prints its figures.
+test-long: $(VENV)/installed
+	OMP_NUM_THREADS=1 LONG=1 KILLS=50 $(VENV)/bin/python -m pytest tests/test_kills.py tests/test_layouts.py -s
 
 # Changes to the code that the tests have to notice.
 mutants: $(VENV)/installed

@@ -9,14 +9,13 @@ Trains one stage of VW-LMM on data in LLaVA's format. Every stage is this script
 Any line of a recipe can be overridden on the command line (`--learning_rate 1e-4`); `--help` lists them all.
 """
 
-import os
 from dataclasses import dataclass, field
 
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from modeling_vwlmm import VWLMMForConditionalGeneration, VWLMMTrainer, VWLMMTrainingArguments
+from modeling_vwlmm.training import find_last_checkpoint
 from processing_vwlmm import VWLMMProcessor, load_llava_dataset
 
 
@@ -75,9 +74,9 @@ def main(args: list[str] | None = None) -> None:
         processing_class=processor,
         peft_config=get_peft_config(model_args),
     )
-    # An interrupted run goes on from its last checkpoint.
-    output_dir = training_args.output_dir
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None)
+    # An interrupted run goes on from its last checkpoint that is whole, or from the one that is asked for.
+    checkpoint = training_args.resume_from_checkpoint or find_last_checkpoint(training_args.output_dir)
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
 
 

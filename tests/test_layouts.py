@@ -200,6 +200,33 @@ def test_layouts_agree(vicuna, data, alone, tmp_path, num_processes, sharding):
         compare(read(tmp_path / "resumed_stream"), read(alone / "streamed"), "resumed stream", first_step=4)
 
 
+# Every stage in every order of samples, and every layout: for `make test-long`.
+ALL_RUNS = [make_run(f"{mode}{stage}", stage, mode, 4) for stage in (1, 2, 3, 4) for mode in MODES]
+
+
+@pytest.fixture(scope="module")
+def all_alone(vicuna, data, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("all_alone")
+    train(vicuna, data, str(folder), json.dumps(ALL_RUNS))
+    return folder
+
+
+@pytest.mark.skipif("LONG" not in os.environ, reason="takes minutes: `make test-long`")
+@pytest.mark.parametrize("sharding", SHARDINGS)
+@pytest.mark.parametrize("num_processes", [2, 4])
+def test_all_layouts_agree(vicuna, data, all_alone, tmp_path, num_processes, sharding):
+    runs = [{**run, "micro_batch_size": 1} for run in ALL_RUNS]
+    launch(num_processes, SHARDINGS[sharding], vicuna, data, str(tmp_path), json.dumps(runs))
+    largest = {"loss": 0.0, "weight": 0.0}
+    for run in runs:
+        found = compare(read(tmp_path / run["name"]), read(all_alone / run["name"]), run["name"])
+        largest = {name: max(largest[name], difference) for name, difference in found.items()}
+    print(
+        f"{sharding}, {num_processes} processes, {len(runs)} runs: losses differ by {largest['loss']:.1e} at most "
+        f"(relative), weights by {largest['weight']:.1e}"
+    )
+
+
 if __name__ == "__main__":
     shard_on_cpu()
     train(*sys.argv[1:])
