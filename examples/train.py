@@ -3,7 +3,7 @@ Trains one stage of VW-LMM on data in LLaVA's format. Every stage is this script
 
     python examples/train.py --config examples/recipes/small_world/stage1.yaml
 
-    accelerate launch --config_file examples/recipes/zero2.yaml \
+    accelerate launch --config_file examples/accelerate_configs/zero2.yaml \
         examples/train.py --config examples/recipes/vicuna_7b/stage1.yaml
 
 Any line of a recipe can be overridden on the command line (`--learning_rate 1e-4`); `--help` lists them all.

@@ -130,6 +130,7 @@ def linear_row_losses(
             f"{teacher_weight.shape[0]} tokens; expected one student position for each label and teacher position, "
             "and heads over one vocabulary."
         )
+    student_weight, teacher_weight = _make_whole(student_weight), _make_whole(teacher_weight.detach())
     if not torch.is_autocast_enabled(student_hidden.device.type):
         # The dtypes of decoder, heads and adapter may differ: each head reads its inputs in its own.
         student_hidden = student_hidden.to(student_weight.dtype)
@@ -144,6 +145,16 @@ def linear_row_losses(
         image_scale,
         torch.is_grad_enabled(),
     )
+
+
+def _make_whole(weight: torch.Tensor) -> torch.Tensor:
+    # Of a head that tensor parallelism has split every process needs the whole, and has its own part's gradient.
+    if not hasattr(weight, "device_mesh"):
+        return weight
+    from torch.distributed.tensor import Replicate  # not in every build
+
+    whole = weight.redistribute(placements=[Replicate()] * weight.device_mesh.ndim)
+    return whole.to_local(grad_placements=whole.placements)
 
 
 class _LinearLoss(torch.autograd.Function):

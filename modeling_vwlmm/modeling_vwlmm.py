@@ -48,7 +48,7 @@ from .placeholders_vwlmm import (
     propose_without_images,
     replace_placeholders,
 )
-from .vision_vwlmm import FrozenVisionTower, run_vision_tower
+from .vision_vwlmm import FrozenVisionTower, GeneratesInLockstep, run_vision_tower
 from .visual_words_vwlmm import VMHead, WithVisualWords, get_distribution
 
 
@@ -220,7 +220,9 @@ class VWLMMModel(FrozenVisionTower, WithVisualWords, LlavaModel):
         )
 
 
-class VWLMMForConditionalGeneration(MadeOfParts, FrozenVisionTower, WithVisualWords, LlavaForConditionalGeneration):
+class VWLMMForConditionalGeneration(
+    MadeOfParts, GeneratesInLockstep, FrozenVisionTower, WithVisualWords, LlavaForConditionalGeneration
+):
     """
     VW-LMM: [`VWLMMModel`] with the MM head (`lm_head`), trained on text and images with one objective.
 

@@ -45,6 +45,31 @@ class FrozenVisionTower:
         return loaded
 
 
+class GeneratesInLockstep:
+    """A model whose weights may be sharded: then every process has to call each of its modules equally often."""
+
+    def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """
+        See `GenerationMixin.generate`. Where weights are sharded (FSDP2, ZeRO-3), a process without images runs the
+        vision tower on a blank one, and processes go on until the last of them has ended: call it on all together.
+        """
+        tower = self.model.vision_tower
+        if any(hasattr(weight, "ds_id") or hasattr(weight, "device_mesh") for weight in tower.parameters()):
+            if kwargs.get("synced_gpus") is None:
+                kwargs["synced_gpus"] = True
+            if kwargs.get("pixel_values") is None and kwargs.get("mm_encoder_outputs") is None:
+                with torch.no_grad():
+                    self.model.get_image_features(make_blank_image(self.model))
+        return super().generate(inputs, **kwargs)
+
+
+def make_blank_image(model: PreTrainedModel) -> torch.Tensor:
+    """What stands for an image where there is none: `[1, 3, H, W]`, as the model's tower takes it."""
+    config = model.config.vision_config
+    size = (getattr(config, "num_channels", 3), config.image_size, config.image_size)
+    return torch.zeros(1, *size, device=model.device, dtype=model.dtype)
+
+
 def leave_whole(quantization_config: Any) -> Any:
     """A copy of a quantiser's config that leaves out what has to stay as it is, beside what its user leaves out."""
     quantization_config = copy.deepcopy(quantization_config)

@@ -14,11 +14,11 @@ import datasets
 import pytest
 import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
-from conftest import BY_HAND, make_image
+from conftest import BY_HAND, make_image, tiny_text, tiny_vision
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 from trl import DPOConfig, DPOTrainer, ModelConfig, SFTConfig, SFTTrainer, TrlParser
 
 from modeling_vwlmm import VWLMMForConditionalGeneration, VWLMMTrainer, VWLMMTrainingArguments
@@ -355,6 +355,55 @@ class TestRecipes:
             assert model.model_name_or_path == previous
             assert (script.vision_tower is None, script.language_model is None) == (stage > 1, stage > 1)
             previous = training.output_dir
+
+    def test_qlora(self, small_world, processor, tmp_path):
+        """The recipe on a small model: what it saves loads on the 4-bit base, and merges into the whole one."""
+        pytest.importorskip("bitsandbytes")
+        size = {"hidden_size": 64, "intermediate_size": 128}  # 4-bit weights come in blocks of 64
+        base = VWLMMForConditionalGeneration.from_vision_text_pretrained(
+            tiny_vision("clip", **size),
+            tiny_text("llama", **size, vocab_size=480, max_position_embeddings=2048),
+            image_token_index=processor.image_token_id,
+            trained_stages=[1],
+        )
+        base.save_pretrained(tmp_path / "base")
+        processor.save_pretrained(tmp_path / "base")
+        overrides = {
+            "model_name_or_path": tmp_path / "base",
+            "json_file": small_world / "instructions.json",
+            "image_folder": small_world / "images",
+            "output_dir": tmp_path / "qlora",
+            "max_steps": 2,
+            "global_batch_size": 4,
+            "per_device_train_batch_size": 2,
+            "dataloader_num_workers": 0,
+            "lora_r": 4,
+            "logging_steps": 1,
+            "report_to": "none",
+            "use_cpu": True,
+            "bf16": False,
+            "disable_tqdm": True,
+        }
+        command = ["--config", str(EXAMPLES / "recipes/vicuna_7b/qlora.yaml")]
+        load_example("train").main([*command, *(f"--{name}={value}" for name, value in overrides.items())])
+
+        saved = load_file(tmp_path / "qlora" / "adapter_model.safetensors")
+        assert {name.split(".")[3] for name in saved} == {"language_model", "multi_modal_projector"}
+        assert all(("lora_" in name) == ("language_model" in name) for name in saved)
+        adapter = saved["base_model.model.model.multi_modal_projector.linear_1.weight"]
+        assert not torch.equal(adapter.float(), base.model.multi_modal_projector.linear_1.weight)
+        ids = torch.tensor([[5, 6, 7]])
+        four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        for options in ({"quantization_config": four_bits}, {}):
+            model = PeftModel.from_pretrained(
+                VWLMMForConditionalGeneration.from_pretrained(tmp_path / "base", **options), tmp_path / "qlora"
+            )
+            with torch.no_grad():
+                logits = model(input_ids=ids).logits
+            assert logits.isfinite().all()
+        merged = model.merge_and_unload()
+        with torch.no_grad():
+            assert_close(merged(input_ids=ids).logits, logits, atol=1e-4, rtol=1e-4)
 
     def test_objectives_from_the_command_line(self, tmp_path):
         parser = TrlParser(VWLMMTrainingArguments)

@@ -6,6 +6,7 @@ import torch
 
 from ..modeling_vwlmm import VWLMMModel
 from ..outputs_vwlmm import VWLMMImageFeaturesOutput
+from ..vision_vwlmm import make_blank_image
 
 
 def encode_no_images(model: VWLMMModel, runs_tower: bool) -> VWLMMImageFeaturesOutput:
@@ -25,9 +26,7 @@ def encode_no_images(model: VWLMMModel, runs_tower: bool) -> VWLMMImageFeaturesO
     config = model.config
     options = {"device": model.device, "dtype": model.dtype}
     if runs_tower:
-        vision_config = config.vision_config
-        size = (getattr(vision_config, "num_channels", 3), vision_config.image_size, vision_config.image_size)
-        images = model.get_image_features(torch.zeros(1, *size, **options))
+        images = model.get_image_features(make_blank_image(model))
     else:
         images = model.adapt(torch.zeros(1, config.image_seq_length, model.get_patch_feature_size(), **options))
     return VWLMMImageFeaturesOutput(
