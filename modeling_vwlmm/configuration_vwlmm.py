@@ -42,7 +42,8 @@ class VWLMMConfig(LlavaConfig):
             Whether the decoder reads pseudo image features (section 2.3 of the paper, equation 8) in place of image
             features.
         trained_stages (`list[int]`, *optional*, defaults to `[]`):
-            The training stages behind these weights, in order. Written by [`VWLMMTrainer`].
+            The training stages that have ended behind these weights, in order, with repeats. Written by
+            [`VWLMMTrainer`].
         kwargs:
             Everything that `LlavaConfig` takes.
 
