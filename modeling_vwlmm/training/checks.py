@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import ProcessorMixin
@@ -15,6 +14,7 @@ from transformers.utils import logging
 
 from ..configuration_vwlmm import VWLMMConfig
 from .arguments import VWLMMTrainingArguments
+from .sampling import count_images, has_image_column
 from .stages import DECODER, MODULES
 
 
@@ -81,6 +81,32 @@ def check_options(args: VWLMMTrainingArguments, kwargs: dict, uses_peft: bool) -
         raise ValueError(
             f"Stage {args.stage} trains {', '.join(args.get_trained_modules())} alone, which PEFT would freeze. Use "
             "PEFT in stages 2 and 4, or leave `peft_config` out."
+        )
+
+
+def check_form(dataset: Dataset | IterableDataset, assistant_only_loss: bool) -> None:
+    """Refuses samples, of which it looks at the first, that would be read otherwise than they are meant."""
+    sample = next(iter(dataset), None) or {}
+    columns, prompt = ", ".join(sample), sample.get("prompt")
+    has_images = "images" in sample or "image" in sample
+    texts = [sample[name] for name in ("messages", "prompt", "completion") if isinstance(sample.get(name), list)]
+    messages = [message for text in texts for message in text]
+    parts = [part for message in messages if isinstance(message.get("content"), list) for part in message["content"]]
+    if not has_images and any(part.get("type") == "image" for part in parts):
+        raise ValueError(
+            f"The dataset has {columns}, and images inside of its messages. Put the images of each sample into a "
+            'column `images`, in the order of the parts of type "image", which then say where they stand.'
+        )
+    if has_images and isinstance(prompt, list) and any(message["role"] == "assistant" for message in prompt):
+        raise ValueError(
+            "A `prompt` has answers of its own, and only the `completion` would be learned. Make one column "
+            "`messages` of both, where every answer is learned, or leave the earlier answers out."
+        )
+    if assistant_only_loss and sample and not messages:
+        raise ValueError(
+            f"The dataset has {columns}, and no conversation that says what the assistant's part is. Give it "
+            "`messages`, or `prompt` and `completion` that are lists of messages; with `assistant_only_loss=False` "
+            "all of a text is learned."
         )
 
 
@@ -167,15 +193,13 @@ def check_processor(processor: ProcessorMixin, config: VWLMMConfig) -> None:
 
 def check_max_length(dataset: Any, max_length: int | None, image_seq_length: int) -> None:
     """Raises if the images of a sample alone are longer than `max_length` tokens."""
-    if max_length is None or not isinstance(dataset, Dataset) or "images" not in dataset.column_names:
+    if max_length is None or not isinstance(dataset, Dataset) or not has_image_column(dataset):
         return
-    names = [name for name in ("id", "images") if name in dataset.column_names]
-    table = dataset.select_columns(names).with_format("arrow")[:]  # file names, not pixels
-    num_images = pc.list_value_length(table["images"])
-    most = pc.max(num_images).as_py() or 0
+    num_images = count_images(dataset)
+    most = max(num_images, default=0)
     if most * image_seq_length >= max_length:
-        index = pc.index(num_images, most).as_py()
-        name = table["id"][index].as_py() if "id" in names else index
+        index = int(num_images.argmax())
+        name = dataset["id"][index] if "id" in dataset.column_names else index
         raise ValueError(
             f"`max_length` is {max_length}, which would cut image tokens: sample {name!r} has {most} images of "
             f"{image_seq_length} tokens each. Set `max_length` above {most * image_seq_length} plus the text, or to "

@@ -42,6 +42,8 @@ class VWLMMDataCollator(DataCollatorForVisionLanguageModeling):
     def torch_call(self, examples: list[dict[str, Any]] | list[list[dict[str, Any]]]) -> dict[str, Any]:
         """See `DataCollatorMixin.torch_call`."""
         rows = examples if isinstance(examples[0], list) else [examples]
+        if self.assistant_only_loss:
+            rows = [[to_messages(sample) for sample in row] for row in rows]
         samples = [sample for row in rows for sample in row]
         try:
             batch = self._collate(samples)
@@ -80,6 +82,15 @@ class VWLMMDataCollator(DataCollatorForVisionLanguageModeling):
         for objective in self.objectives.values():
             batch |= objective.collate(examples, self.processor, self.image_seq_length)
         return batch
+
+
+def to_messages(sample: dict[str, Any]) -> dict[str, Any]:
+    """A sample of `prompt` and `completion`, both lists of messages, as one conversation; any other as it is."""
+    prompt, completion = sample.get("prompt"), sample.get("completion")
+    if not isinstance(prompt, list) or not isinstance(completion, list):
+        return sample
+    rest = {name: value for name, value in sample.items() if name not in ("prompt", "completion")}
+    return {**rest, "messages": [*prompt, *completion]}
 
 
 def pack(

@@ -5,13 +5,13 @@
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import pyarrow.compute as pc
 from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 from trl.data_utils import prepare_multimodal_messages
 
-from .collating import VWLMMDataCollator
+from .collating import VWLMMDataCollator, to_messages
+from .sampling import count_images
 
 
 def pack_rows(lengths: Sequence[int], max_length: int, seed: int = 0, epoch: int = 0) -> list[tuple[int, ...]]:
@@ -119,19 +119,22 @@ def count_tokens(
     """
     if length_column_name in dataset.column_names:
         return np.asarray(dataset[length_column_name][:])
-    if "messages" not in dataset.column_names:
+    columns = [name for name in ("messages", "prompt", "completion") if name in dataset.column_names]
+    if not columns:
         raise ValueError(
             f"`packing` has to know how long samples are, and the dataset has {', '.join(dataset.column_names)}. Give "
             f"it `messages`, or a column `{length_column_name}` with the number of tokens of each sample."
         )
-    images = dataset.select_columns("images").with_format("arrow")[:]["images"]  # file names, not pixels
-    num_images = pc.fill_null(pc.list_value_length(images), 0).to_numpy()
+    num_images = count_images(dataset)
     processor = collator.processor
 
     def count(samples: dict[str, list], indices: list[int]) -> dict[str, list[int]]:
+        conversations = [
+            to_messages({name: samples[name][row] for name in columns})["messages"] for row in range(len(indices))
+        ]
         messages = [
-            prepare_multimodal_messages(sample, images=[None] * num_images[index])
-            for index, sample in zip(indices, samples["messages"], strict=True)
+            prepare_multimodal_messages(conversation, images=[None] * num_images[index])
+            for index, conversation in zip(indices, conversations, strict=True)
         ]
         texts = processor.apply_chat_template(messages, chat_template=collator.chat_template)
         token_ids = processor.tokenizer(texts, add_special_tokens=False).input_ids
@@ -139,7 +142,7 @@ def count_tokens(
         further = (collator.image_seq_length - 1) * num_images[indices]
         return {"length": [len(ids) + more for ids, more in zip(token_ids, further.tolist(), strict=True)]}
 
-    counted = dataset.select_columns("messages").map(
-        count, batched=True, with_indices=True, remove_columns="messages", num_proc=num_proc, desc="Counting tokens"
+    counted = dataset.select_columns(columns).map(
+        count, batched=True, with_indices=True, remove_columns=columns, num_proc=num_proc, desc="Counting tokens"
     )
     return np.asarray(counted["length"][:])

@@ -65,20 +65,34 @@ class ModalityLengthGroupedSampler(Sampler):
         return iter([sample for index in order for sample in batches[index]] + rest)
 
 
+def has_image_column(dataset: Dataset) -> bool:
+    """Whether the samples have images, `images` or one `image`."""
+    return "images" in dataset.column_names or "image" in dataset.column_names
+
+
+def count_images(dataset: Dataset) -> np.ndarray:
+    """How many images each sample has, `[samples]`, without reading any."""
+    name = "images" if "images" in dataset.column_names else "image"
+    images = dataset.select_columns(name).with_format("arrow")[:][name]  # file names, not pixels
+    if name == "image":
+        return np.asarray(images.is_valid()).astype(np.int64)
+    return pc.fill_null(pc.list_value_length(images), 0).to_numpy()
+
+
 def estimate_lengths(dataset: Dataset, image_seq_length: int) -> tuple[np.ndarray, np.ndarray]:
     """
     About how many tokens each sample has, without reading an image or running the tokenizer.
 
     Args:
-        dataset (`datasets.Dataset`): A column `images`, those that objectives read, and text in any other.
+        dataset (`datasets.Dataset`): A column `images` or `image`, those that objectives read, and text in any other.
         image_seq_length (`int`): Tokens of one image.
 
     Returns:
         Lengths in tokens and whether there are images, both `[samples]`.
     """
     table = dataset.with_format("arrow")[:]
-    num_images = pc.fill_null(pc.list_value_length(table["images"]), 0).to_numpy()
-    not_text = {"images", *(column for objective in OBJECTIVES.values() for column in objective.columns)}
+    num_images = count_images(dataset)
+    not_text = {"images", "image", *(column for objective in OBJECTIVES.values() for column in objective.columns)}
     num_bytes = sum(
         np.concatenate([_num_bytes(chunk) for chunk in table[name].chunks])
         for name in table.column_names

@@ -57,6 +57,7 @@ from .checkpoints import (
 )
 from .checks import (
     all_datasets,
+    check_form,
     check_max_length,
     check_options,
     check_processor,
@@ -71,7 +72,7 @@ from .means import PositionMeans
 from .model_card import TAGS, is_hub_id, make_model_card, read_training_procedure
 from .no_cache import NoCache
 from .packing import PackedDataset, PackingSampler, count_tokens
-from .sampling import ModalityLengthGroupedSampler, estimate_lengths
+from .sampling import ModalityLengthGroupedSampler, estimate_lengths, has_image_column
 from .stages import METHODS, set_trainable_parameters
 from .training_modules import attach_training_modules, load_training_modules, save_training_modules
 from .watching import History, Stopwatch, TrainingDiverged, measure_gradient_norms, measure_memory
@@ -153,6 +154,8 @@ class VWLMMTrainer(SFTTrainer):
                     "`Dataset.from_list` makes one of a list of samples."
                 )
             args.check_columns(dataset)
+            if kwargs.get("data_collator") is None and kwargs.get("formatting_func") is None:
+                check_form(dataset, args.assistant_only_loss)
         model_init_kwargs = args.model_init_kwargs
         if isinstance(model, str):
             args.model_init_kwargs = None  # TRL would say that they are ignored
@@ -214,10 +217,13 @@ class VWLMMTrainer(SFTTrainer):
                 f"Stage {args.stage} renders its prompts with `chat_template={args.chat_template!r}`, which needs a "
                 "dataset with an `images` column; the training dataset has none."
             )
+        # What answers of a prompt and its completion are, the messages of both say.
+        is_of_messages = isinstance((next(iter(train_dataset), None) or {}).get("prompt"), list)
+        completion_only_loss = self.completion_only_loss and not (is_of_messages and assistant_only_loss)
         # A collator of the user's own, even one derived from TRL's, stays.
         if type(self.data_collator) is DataCollatorForVisionLanguageModeling:
             self.data_collator = VWLMMDataCollator(
-                **vars(self.data_collator),
+                **{**vars(self.data_collator), "completion_only_loss": completion_only_loss},
                 packing=packing,
                 flattens_rows=self._config.text_config._attn_implementation.startswith("flash_attention"),
                 objectives=self._objectives,
@@ -342,7 +348,7 @@ class VWLMMTrainer(SFTTrainer):
             return RandomOrderSampler(len(dataset), self._get_data_seed())
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
-        if "images" in dataset.column_names:
+        if has_image_column(dataset):
             lengths, has_images = estimate_lengths(dataset, self._config.image_seq_length)
         else:  # text, which TRL has made tokens of
             lengths, has_images = [len(ids) for ids in dataset["input_ids"]], [False] * len(dataset)
