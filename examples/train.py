@@ -12,9 +12,11 @@ Any line of a recipe can be overridden on the command line (`--learning_rate 1e-
 import contextlib
 import json
 import os
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
+from check import check, make_model
 from datasets import Dataset
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -46,6 +48,9 @@ class ScriptArguments:
     )
     use_pseudo_image_features: bool | None = field(
         default=None, metadata={"help": "Whether the decoder reads pseudo image features. By default as before."}
+    )
+    check: bool = field(
+        default=False, metadata={"help": "A dry run: print what the recipe makes of its data, and train nothing."}
     )
 
 
@@ -85,6 +90,20 @@ def _check_entry(entry: dict[str, Any]) -> None:
         )
 
 
+def _check(
+    script_args: ScriptArguments, training_args: VWLMMTrainingArguments, model_args: ModelConfig, dataset: Dataset
+) -> int:
+    """The exit status: 1 if a sample would stop the run."""
+    name, parts = model_args.model_name_or_path, (script_args.vision_tower, script_args.language_model)
+    if name is None:
+        template = script_args.conversation_template
+        processor = VWLMMProcessor.from_vision_text_pretrained(*parts, chat_template=template)
+    else:
+        processor = VWLMMProcessor.from_pretrained(name)
+    model = make_model(name, *parts, processor.image_token_id)
+    return int(check(dataset, training_args, processor, model) > 0)
+
+
 def main(args: list[str] | None = None) -> None:
     """Trains the stage that the command line, or `args` in its place, describes."""
     parser = TrlParser((ScriptArguments, VWLMMTrainingArguments, ModelConfig))
@@ -92,6 +111,8 @@ def main(args: list[str] | None = None) -> None:
     set_seed(training_args.seed)  # stage I draws adapter and VM head
     dataset = load_data(script_args, training_args.seed)
     training_args.check_columns(dataset)  # before any weight is loaded
+    if script_args.check:
+        sys.exit(_check(script_args, training_args, model_args, dataset))
     dtype = model_args.dtype or "float32"
     if model_args.model_name_or_path is None:
         processor = VWLMMProcessor.from_vision_text_pretrained(
