@@ -9,22 +9,36 @@ Trains one stage of VW-LMM on data in LLaVA's format. Every stage is this script
 Any line of a recipe can be overridden on the command line (`--learning_rate 1e-4`); `--help` lists them all.
 """
 
+import contextlib
+import json
+import sys
 from dataclasses import dataclass, field
+from typing import Any
 
+from check import check, make_model
+from datasets import Dataset
 from transformers import set_seed
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from modeling_vwlmm import VWLMMForConditionalGeneration, VWLMMTrainer, VWLMMTrainingArguments
 from modeling_vwlmm.training import find_last_checkpoint
-from processing_vwlmm import VWLMMProcessor, load_llava_dataset
+from processing_vwlmm import VWLMMProcessor, load_llava_dataset, mix_datasets
 
 
 @dataclass
 class ScriptArguments:
     """What to train on, and for stage I what to start from. Later stages start from `model_name_or_path`."""
 
-    json_file: str = field(metadata={"help": "Data in LLaVA's JSON format."})
-    image_folder: str = field(metadata={"help": "Folder of the images that the JSON file names."})
+    json_file: str | None = field(default=None, metadata={"help": "Data in LLaVA's JSON format."})
+    image_folder: str | None = field(default=None, metadata={"help": "Folder of the images that the JSON file names."})
+    # A string for the command line, which takes JSON.
+    datasets: str | None = field(
+        default=None,
+        metadata={
+            "help": "In place of `json_file`, a list of `{json_file: ..., image_folder: ..., weight: ...}`; a weight "
+            "is how often each sample is seen in a pass, by default 1."
+        },
+    )
     on_bad_image: str = field(default="raise", metadata={"help": "'raise' or 'skip' samples whose image is broken."})
     vision_tower: str | None = field(default=None, metadata={"help": "Stage I: pretrained vision tower."})
     language_model: str | None = field(default=None, metadata={"help": "Stage I: pretrained LLM."})
@@ -34,6 +48,59 @@ class ScriptArguments:
     use_pseudo_image_features: bool | None = field(
         default=None, metadata={"help": "Whether the decoder reads pseudo image features. By default as before."}
     )
+    check: bool = field(
+        default=False, metadata={"help": "A dry run: print what the recipe makes of its data, and train nothing."}
+    )
+
+
+def load_data(script_args: ScriptArguments, seed: int) -> Dataset:
+    """The dataset of a recipe, or its mixture, whose fractions of datasets are drawn by `seed`."""
+    on_bad_image, entries = script_args.on_bad_image, script_args.datasets
+    if entries is None:
+        if script_args.json_file is None or script_args.image_folder is None:
+            raise ValueError("Found no data: pass either `datasets` or `json_file` and `image_folder`.")
+        return load_llava_dataset(script_args.json_file, script_args.image_folder, on_bad_image=on_bad_image)
+
+    if script_args.json_file is not None or script_args.image_folder is not None:
+        raise ValueError(
+            "Found `datasets` beside `json_file` or `image_folder`: pass either `datasets` or `json_file`."
+        )
+    if isinstance(entries, str):
+        with contextlib.suppress(ValueError):
+            entries = json.loads(entries)
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(
+            f"`datasets` is {entries!r}, expected a list of {{json_file: ..., image_folder: ..., weight: ...}}."
+        )
+    for entry in entries:
+        _check_entry(entry)
+    datasets = [
+        load_llava_dataset(entry["json_file"], entry["image_folder"], on_bad_image=on_bad_image) for entry in entries
+    ]
+    return mix_datasets(datasets, [entry.get("weight", 1) for entry in entries], seed)
+
+
+def _check_entry(entry: dict[str, Any]) -> None:
+    needed = {"json_file", "image_folder"}
+    if not needed <= entry.keys() <= needed | {"weight"}:
+        raise ValueError(
+            f"An entry of `datasets` has the keys {sorted(entry)}, expected 'json_file' and 'image_folder', and "
+            "where it is not 1 'weight'."
+        )
+
+
+def _check(
+    script_args: ScriptArguments, training_args: VWLMMTrainingArguments, model_args: ModelConfig, dataset: Dataset
+) -> int:
+    """The exit status: 1 if a sample would stop the run."""
+    name, parts = model_args.model_name_or_path, (script_args.vision_tower, script_args.language_model)
+    if name is None:
+        template = script_args.conversation_template
+        processor = VWLMMProcessor.from_vision_text_pretrained(*parts, chat_template=template)
+    else:
+        processor = VWLMMProcessor.from_pretrained(name)
+    model = make_model(name, *parts, processor.image_token_id)
+    return int(check(dataset, training_args, processor, model) > 0)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -41,10 +108,10 @@ def main(args: list[str] | None = None) -> None:
     parser = TrlParser((ScriptArguments, VWLMMTrainingArguments, ModelConfig))
     script_args, training_args, model_args = parser.parse_args_and_config(args)
     set_seed(training_args.seed)  # stage I draws adapter and VM head
-    dataset = load_llava_dataset(
-        script_args.json_file, script_args.image_folder, on_bad_image=script_args.on_bad_image
-    )
+    dataset = load_data(script_args, training_args.seed)
     training_args.check_columns(dataset)  # before any weight is loaded
+    if script_args.check:
+        sys.exit(_check(script_args, training_args, model_args, dataset))
     dtype = model_args.dtype or "float32"
     if model_args.model_name_or_path is None:
         processor = VWLMMProcessor.from_vision_text_pretrained(

@@ -2,15 +2,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading LLaVA's data format: one JSON list of conversations, and a folder of images."""
 
+import gc
 import hashlib
 import json
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -34,9 +37,15 @@ FEATURES = Features(
     }
 )
 # Part of the cache key: raise it whenever the same input gives different rows.
-CACHE_VERSION = 3
+CACHE_VERSION = 4
+# Rows of a batch, and characters that are read at once: what is in memory at one time.
+LABEL_COLUMNS = {"ids": "int32", "words": "string"}  # before it is known which of them it is
+BATCH_SIZE, BLOCK_SIZE = 1000, 1 << 20
+# Where the text that has been read ends in the middle of a value, the decoder finds its fault this near to the end.
+CUT = 16
 # A token's id, written as a string. A word that looks like one could not be told from it.
 NUMBER = re.compile("-?[0-9]+")
+WHITE_SPACE = re.compile(r"[ \t\n\r]*")  # JSON's
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair, which is no character
 URL = re.compile("[A-Za-z][A-Za-z0-9+.-]*://|data:")
 
@@ -87,9 +96,9 @@ def load_llava_dataset(
     if on_bad_image not in ("raise", "skip"):
         raise ValueError(f"`on_bad_image` is {on_bad_image!r}, expected 'raise' or 'skip'.")
     image_folder = Path(image_folder).resolve()
-    cache_file = (
-        Path(HF_DATASETS_CACHE) / "llava_format" / f"{_cache_key(json_file, image_folder, on_bad_image)}.arrow"
-    )
+    json_digest = _file_digest(json_file)
+    key = hashlib.sha256(repr((CACHE_VERSION, str(image_folder), on_bad_image, json_digest)).encode()).hexdigest()[:32]
+    cache_file = Path(HF_DATASETS_CACHE) / "llava_format" / f"{key}.arrow"
     cache_file.parent.mkdir(parents=True, exist_ok=True)
     if not _is_current(cache_file):
         with FileLock(f"{cache_file}.lock"):
@@ -98,6 +107,9 @@ def load_llava_dataset(
 
     dataset = Dataset.from_file(str(cache_file))
     notes = _notes(cache_file)
+    # Of the content alone, wherever it lies: by it a checkpoint knows its data again on another machine.
+    content = repr((CACHE_VERSION, json_digest, notes["content"]))
+    dataset._fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
     if notes["bad_images"]:
         shown = "".join(f"\n  {path}: {reason}" for path, reason in list(notes["bad_images"].items())[:5])
         warnings.warn(
@@ -115,42 +127,114 @@ def _make(
     on_bad_image: str,
     num_threads: int | None,
 ) -> None:
-    rows = _read_records(json_file, image_folder)
-    features = _features(rows)
-    first_use = {}  # path of an image -> id of the first sample with it
-    for row in rows:
-        for path in _paths(row):
-            first_use.setdefault(path, row["id"])
-    # From before the check, so that no later change goes unnoticed.
-    states = {path: _state(path) for path in first_use}
-    bad_images = _find_bad_images(first_use, image_folder, on_bad_image, num_threads)
+    unchecked, unfinished = cache_file.with_suffix(".unchecked"), cache_file.with_suffix(".unfinished")
+    try:
+        with _paused_collector():
+            num_rows, first_use, label_type = _write_rows(unchecked, json_file, image_folder)
+        # From before the check, so that no later change goes unnoticed.
+        states = {path: _state(path) for path in first_use}
+        bad_images = _find_bad_images(first_use, image_folder, on_bad_image, num_threads)
 
-    kept = [row for row in rows if bad_images.keys().isdisjoint(_paths(row))]
-    if not kept:
-        raise ValueError(f"No sample is left: all {len(rows)} use a bad image. Is the image folder the right one?")
-    watched = {path for row in kept for path in _paths(row)} | bad_images.keys()
-    notes = {
-        "digest": _digest({path: states[path] for path in watched}),
-        "bad_images": bad_images,
-        "skipped": len(rows) - len(kept),
-    }
-    _write(cache_file, kept, features, notes)
+        num_kept, watched = num_rows, states.keys()
+        if bad_images:
+            kept = [
+                paths
+                for batch in _batches(unchecked)
+                for paths in _paths(batch)
+                if bad_images.keys().isdisjoint(paths)
+            ]
+            num_kept = len(kept)
+            watched = set().union(*kept) | bad_images.keys()
+        if not num_kept:
+            raise ValueError(f"No sample is left: all {num_rows} use a bad image. Is the image folder the right one?")
+        watched = {path: states[path] for path in sorted(watched)}
+        notes = {
+            "digest": _digest(watched),
+            "content": _content_digest(watched, bad_images, image_folder),
+            "bad_images": bad_images,
+            "skipped": num_rows - num_kept,
+        }
+        _write_checked(unfinished, unchecked, label_type, notes)
+        os.replace(unfinished, cache_file)
+    finally:
+        unchecked.unlink(missing_ok=True)
 
 
-def _read_records(json_file: str | os.PathLike, image_folder: Path) -> list[dict[str, Any]]:
-    """The rows of the dataset, with absolute image paths."""
+@contextmanager
+def _paused_collector() -> Iterator[None]:
+    """Without garbage collection, which would walk over all records again and again. There are no cycles in them."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _read_records(json_file: str | os.PathLike) -> Iterator[Any]:
+    """The records one by one, of a file that need not fit into memory."""
     with open(json_file, "rb") as file:
-        try:
-            records = json.load(file)
-        except ValueError as error:
-            raise ValueError(f"{json_file} is not valid JSON ({error}), expected one list of records.") from error
-    if not isinstance(records, list) or not records:
-        found = "an empty list" if records == [] else f"a value of type {type(records).__name__}"
+        encoding = json.detect_encoding(file.read(4))
+    try:
+        # As `json.load` decodes; and a newline stays what it is.
+        with open(json_file, encoding=encoding, errors="surrogatepass", newline="") as file:
+            found = yield from _read_list(file)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{json_file} is not valid JSON ({error}), expected one list of records.") from error
+    if found:
         raise ValueError(f"{json_file} holds {found}, expected a list of records.")
-    # In place, so that a record's memory is free again once its row is there.
-    for index, record in enumerate(tqdm(records, desc="Reading conversations", unit=" samples")):
-        records[index] = _row(index, record, image_folder)
-    return records
+
+
+def _read_list(file: TextIO) -> Iterator[Any]:
+    """Yields the values of a JSON list; returns what there is in place of such a list."""
+    decode, text, position, passed = json.JSONDecoder().raw_decode, "", 0, 0
+
+    def skip(position: int) -> int:
+        """Behind white space; where the text ends before, more of it is read."""
+        nonlocal text, passed
+        while True:
+            position = WHITE_SPACE.match(text, position).end()
+            if position < len(text) or not (more := file.read(BLOCK_SIZE)):
+                return position
+            passed, text, position = passed + position, more, 0
+
+    def fault(message: str, position: int) -> ValueError:
+        return ValueError(f"{message}: char {passed + position}")
+
+    position = skip(0)
+    if text[position : position + 1] != "[":
+        value = json.loads(text[position:] + file.read())
+        return f"a value of type {type(value).__name__}"
+    position, number = skip(position + 1), 0
+    while number or text[position : position + 1] != "]":
+        while True:
+            try:
+                value, end = decode(text, position)
+                message = None
+            except json.JSONDecodeError as error:
+                message, end = error.msg, error.pos
+            # At the end of the text a value may go on; only what lies before is as it is.
+            is_whole = end < len(text) - CUT and not (message or "").startswith("Unterminated string")
+            # Twice as much each time: a long value is not decoded often.
+            if is_whole or not (more := file.read(max(BLOCK_SIZE, len(text) - position))):
+                break
+            passed, text, position = passed + position, text[position:] + more, 0
+        if message:
+            raise fault(message, end)
+        yield value
+        number += 1
+        position = skip(end)
+        delimiter = text[position : position + 1]
+        if delimiter == "]":
+            break
+        if delimiter != ",":
+            raise fault("Expecting ',' delimiter", position)
+        position = skip(position + 1)
+    position = skip(position + 1)
+    if position < len(text):
+        raise fault("Extra data", position)
+    return None if number else "an empty list"
 
 
 def _row(index: int, record: Any, image_folder: Path) -> dict[str, Any]:
@@ -219,21 +303,6 @@ def _is_label(label: Any) -> bool:
     if type(label) is int:
         return label == -100 or 0 <= label < 2**31
     return type(label) is str and label != "" and not NUMBER.fullmatch(label) and not SURROGATE.search(label)
-
-
-def _features(rows: list[dict[str, Any]]) -> Features:
-    """
-    The columns of the dataset. `image_labels` is one of them if a record has it; its ids become strings if there are
-    words as well, for a column has one type.
-    """
-    labelled = [row for row in rows if "image_labels" in row]
-    if not labelled:
-        return FEATURES
-    has_words = any(str in map(type, image) for row in labelled for image in row["image_labels"])
-    if has_words:
-        for row in labelled:
-            row["image_labels"] = [[str(label) for label in image] for image in row["image_labels"]]
-    return Features({**FEATURES, "image_labels": List(List(Value("string" if has_words else "int32")))})
 
 
 def _messages(index: int, conversations: Any) -> list[dict[str, Any]]:
@@ -337,20 +406,18 @@ def _check_image(task: tuple[str, Path]) -> tuple[bool, str | None]:
     return False, find_problem(path)
 
 
-def _cache_key(json_file: str | os.PathLike, image_folder: Path, on_bad_image: str) -> str:
-    digest = hashlib.sha256(repr((CACHE_VERSION, str(image_folder), on_bad_image)).encode())
-    with open(json_file, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:32]
+def _file_digest(path: str | os.PathLike) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _lies_in(path: str, folder: Path) -> bool:
     return path.startswith(os.path.join(folder, ""))
 
 
-def _paths(row: Mapping[str, Any]) -> list[str]:
-    return [image["path"] for image in row["images"]]
+def _paths(batch: pa.RecordBatch) -> list[list[str]]:
+    """The paths of each row's images."""
+    return [[image["path"] for image in images] for images in batch.column("images").to_pylist()]
 
 
 def _state(path: str) -> tuple[int, int] | None:
@@ -369,14 +436,79 @@ def _digest(states: Mapping[str, tuple[int, int] | None]) -> str:
     return digest.hexdigest()
 
 
-def _write(cache_file: Path, rows: list[dict[str, Any]], features: Features, notes: dict[str, Any]) -> None:
-    schema = features.arrow_schema
+def _content_digest(
+    states: Mapping[str, tuple[int, int] | None], bad_images: Mapping[str, str], image_folder: Path
+) -> str:
+    """Of the images' names and sizes, and of which are bad; not of where they lie and when they were written."""
+    digest = hashlib.sha256()
+    for path, state in states.items():
+        size = None if path in bad_images or state is None else state[0]
+        digest.update(repr((os.path.relpath(path, image_folder), size)).encode())
+    return digest.hexdigest()
+
+
+def _next_rows(records: Iterator[tuple[int, Any]], image_folder: Path) -> list[dict[str, Any]]:
+    try:
+        return [_row(index, record, image_folder) for index, record in islice(records, BATCH_SIZE)]
+    except ValueError:
+        for _ in records:  # a file that is no JSON has that fault first
+            pass
+        raise
+
+
+def _write_rows(
+    unchecked: Path, json_file: str | os.PathLike, image_folder: Path
+) -> tuple[int, dict[str, str], str | None]:
+    """
+    Writes the rows of all records as they are read. Labels that are ids and labels with a word among them have a
+    column each, as the type of all is known at the end.
+
+    Returns:
+        The number of rows, for each path of an image the id of the first row with it, and the type of the labels
+        (`None` without any).
+    """
+    schema = Features({**FEATURES, **{name: List(List(Value(dtype))) for name, dtype in LABEL_COLUMNS.items()}})
+    schema = schema.arrow_schema
+    num_rows, first_use, label_type = 0, {}, None
+    records = enumerate(tqdm(_read_records(json_file), desc="Reading conversations", unit=" samples"))
+    with pa.OSFile(str(unchecked), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        while rows := _next_rows(records, image_folder):
+            num_rows += len(rows)
+            for row in rows:
+                for image in row["images"]:
+                    first_use.setdefault(image["path"], row["id"])
+                if (labels := row.pop("image_labels", None)) is not None:
+                    has_words = any(str in map(type, image) for image in labels)
+                    row["words" if has_words else "ids"] = (
+                        [[str(label) for label in image] for image in labels] if has_words else labels
+                    )
+                    label_type = "string" if has_words else label_type or "int32"
+            writer.write(pa.RecordBatch.from_pylist(rows, schema=schema))
+    return num_rows, first_use, label_type
+
+
+def _write_checked(unfinished: Path, unchecked: Path, label_type: str | None, notes: dict[str, Any]) -> None:
+    """Writes the dataset: the rows without a bad image, and their labels in one column, whose ids become strings if
+    there are words as well."""
+    labels = {"image_labels": List(List(Value(label_type)))} if label_type else {}
+    schema = Features({**FEATURES, **labels}).arrow_schema
     schema = schema.with_metadata({**schema.metadata, "llava_format": json.dumps(notes)})
-    unfinished = cache_file.with_suffix(".unfinished")
     with pa.OSFile(str(unfinished), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        for start in tqdm(range(0, len(rows), 1000), desc="Writing the dataset", unit="k samples"):
-            writer.write(pa.RecordBatch.from_pylist(rows[start : start + 1000], schema=schema))
-    os.replace(unfinished, cache_file)
+        for batch in tqdm(_batches(unchecked), desc="Writing the dataset", unit="k samples"):
+            if notes["bad_images"]:
+                batch = batch.filter(pa.array([notes["bad_images"].keys().isdisjoint(p) for p in _paths(batch)]))
+            columns = [batch.column(name) for name in FEATURES]
+            if label_type == "int32":
+                columns.append(batch.column("ids"))
+            elif label_type == "string":
+                ids = batch.column("ids").cast(schema.field("image_labels").type)
+                columns.append(pc.coalesce(batch.column("words"), ids))
+            writer.write(pa.RecordBatch.from_arrays(columns, schema=schema))
+
+
+def _batches(file: Path) -> Iterator[pa.RecordBatch]:
+    with pa.OSFile(str(file)) as source, pa.ipc.open_stream(source) as reader:
+        yield from reader
 
 
 def _notes(cache_file: Path) -> dict[str, Any]:

@@ -1,0 +1,59 @@
+# Copyright 2026 The VW-LMM authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Several datasets as one, each with a weight."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from datasets import Dataset, concatenate_datasets
+
+
+def mix_datasets(datasets: Sequence[Dataset], weights: Sequence[float], seed: int = 0) -> Dataset:
+    """
+    Puts datasets together, each as often as its weight says: of one with weight 2.5, every sample is there twice, and
+    half of them, drawn by `seed`, once more. The samples stand in order, dataset by dataset: a sampler mixes them.
+
+    Args:
+        datasets (`Sequence[datasets.Dataset]`): With the same columns.
+        weights (`Sequence[float]`): How often a sample of each is seen in one pass; positive.
+        seed (`int`, *optional*, defaults to 0): Of the draws.
+
+    Returns:
+        `datasets.Dataset`. Its fingerprint follows from those of `datasets`, the weights and the seed.
+
+    Raises:
+        ValueError: If there is no dataset, not one weight for each, a weight that is not positive and finite, or if
+            columns or their types differ.
+    """
+    datasets = list(datasets)
+    if not datasets or len(datasets) != len(weights):
+        raise ValueError(f"Found {len(datasets)} datasets and {len(weights)} weights, expected one for each.")
+    for number, (dataset, weight) in enumerate(zip(datasets, weights, strict=True)):
+        is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if not is_number or not math.isfinite(weight) or weight <= 0:
+            raise ValueError(
+                f"The weight of dataset {number} is {weight!r}, expected a positive finite number: how often each of "
+                "its samples is seen in a pass. Leave out a dataset that is not to be seen."
+            )
+        if dataset.features != datasets[0].features:
+            raise ValueError(
+                f"Dataset {number} has the columns {dataset.features}, and dataset 0 has {datasets[0].features}. "
+                "Give all of them the same columns, of the same types."
+            )
+
+    parts = []
+    for number, (dataset, weight) in enumerate(zip(datasets, weights, strict=True)):
+        copies, share = divmod(weight, 1)
+        num_drawn = round(share * len(dataset))
+        # A draw of its own for each, so that another dataset's weight does not change it.
+        drawn = np.random.default_rng([seed, number]).choice(len(dataset), num_drawn, replace=False)
+        if copies or num_drawn:
+            parts.append(dataset.select([*range(len(dataset))] * int(copies) + np.sort(drawn).tolist()))
+    if not parts:
+        raise ValueError(f"No sample is left: {list(weights)} of {[len(dataset) for dataset in datasets]} samples.")
+    mixed = concatenate_datasets(parts)
+    content = repr(([dataset._fingerprint for dataset in datasets], [float(weight) for weight in weights], seed))
+    mixed._fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
+    return mixed
