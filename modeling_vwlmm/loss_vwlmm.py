@@ -303,8 +303,8 @@ def _add_product(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -
     return total
 
 
-# Both take one exponential a logit, in `softmax`: `log_softmax`, and then the exponential of it, would take two. Logits
-# are shifted so that the largest of a row is 0, and its probability is then one over the normaliser.
+# Both take one exponential a logit, in `softmax`: `log_softmax`, and then the exponential of it, would take two.
+# Logits are shifted so that the largest of a row is 0, and its probability is then one over the normaliser.
 
 
 def _cross_entropy_(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
