@@ -625,8 +625,9 @@ def compute_loss(
         count = counts.get(name, term.count if isinstance(term, Term) else len(term.hidden))
         scales[name] = weights[name] / at_least_one(count)
     losses = [scales[name] * term.total for name, term in terms.items()]
-    for rows in passes:
-        loss, shared = _run_pass(rows, scales)
+    term = None  # or its rows would be held during the pass
+    while passes:
+        loss, shared = _run_pass(passes.pop(0), scales)
         losses.append(loss)
         terms |= shared
     return sum(losses), {name: terms[name] for name in objectives}
@@ -659,9 +660,11 @@ def _join_pass(passes: list[dict[str, HeadRows]], name: str, rows: HeadRows) -> 
 
 def _run_pass(rows: dict[str, HeadRows], scales: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, Term]]:
     """The weighted sum over all rows of one head, and the term of each objective among them."""
+    hidden = torch.cat([r.hidden for r in sorted(rows.values(), key=lambda r: r.teacher is not None)])  # [T + V, D]
+    rows = {name: r._replace(hidden=hidden[:0]) for name, r in rows.items()}  # nobody holds them twice
     labelled = {name: r for name, r in rows.items() if r.teacher is None}
     taught = {name: r for name, r in rows.items() if r.teacher is not None}  # one at most
-    head, hidden = next(iter(rows.values()))[:2]
+    head = next(iter(rows.values())).head
     teacher, teacher_head = hidden[:0], head
     for r in taught.values():
         teacher, teacher_head = r.teacher, r.teacher_head
@@ -671,7 +674,7 @@ def _run_pass(rows: dict[str, HeadRows], scales: dict[str, torch.Tensor]) -> tup
         scales[name].to(hidden.device).float().expand(size) for name, size in zip(labelled, sizes, strict=True)
     ]
     loss, cross_entropies, kl_div, teacher_entropy, student_entropy = linear_row_losses(
-        torch.cat([r.hidden for r in (*labelled.values(), *taught.values())]),
+        hidden,
         head,
         torch.cat(labels),
         teacher,
