@@ -3,10 +3,13 @@
 """Forms of training data: each is read as it is meant, or refused by an error that names what was found."""
 
 import copy
+import io
+import json
+import tarfile
 
 import pytest
 from conftest import BY_HAND, make_image
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Dataset, Features, Image, List, Value, load_dataset
 
 from modeling_vwlmm import VWLMMTrainer, VWLMMTrainingArguments
 
@@ -108,3 +111,49 @@ def test_packing_of_text_alone(train):
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
     with pytest.raises(ValueError, match="`packing` is set.*`images` column"):
         train(make(None, messages=messages), packing=True)
+
+
+class TestStreams:
+    """Shards that are read as they come, without a copy of them."""
+
+    def test_parquet(self, train, tmp_path):
+        whole = make(messages=QUESTION + ANSWER)
+        for shard in range(2):
+            whole.shard(2, shard, contiguous=True).to_parquet(tmp_path / f"shard-{shard}.parquet")
+        stream = load_dataset("parquet", data_files=f"{tmp_path}/*.parquet", split="train", streaming=True)
+        expected, found = train(whole), train(stream)
+        for name in ("loss", "num_text_positions", "num_image_positions"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-5), name
+
+    def test_webdataset(self, train, tmp_path):
+        whole = make(messages=QUESTION + ANSWER)
+        with tarfile.open(tmp_path / "shard-0.tar", "w") as shard:
+            for index, image in enumerate(IMAGES):
+                file = io.BytesIO()
+                image.save(file, "PNG")
+                text = json.dumps({"messages": QUESTION + ANSWER}).encode()
+                for name, content in ((f"{index}.png", file.getvalue()), (f"{index}.json", text)):
+                    entry = tarfile.TarInfo(name)
+                    entry.size = len(content)
+                    shard.addfile(entry, io.BytesIO(content))
+        stream = load_dataset("webdataset", data_files=f"{tmp_path}/*.tar", split="train", streaming=True)
+        stream = stream.map(
+            lambda sample: {"messages": sample["json"]["messages"], "images": [sample["png"]]},
+            remove_columns=["json", "png", "__key__", "__url__"],
+        )
+        expected, found = train(whole), train(stream)
+        for name in ("loss", "num_text_positions", "num_image_positions"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-5), name
+
+    @pytest.mark.parametrize(
+        ("options", "found"),
+        [
+            ({"train_sampling_strategy": "group_by_length"}, "`train_sampling_strategy` is 'group_by_length'"),
+            ({"length_column_name": "tokens"}, "`length_column_name` is 'tokens'"),
+            ({"dataloader_num_workers": 2, "dataloader_in_order": False}, "`dataloader_in_order` is off"),
+        ],
+        ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+    )
+    def test_what_they_cannot_follow(self, train, options, found):
+        with pytest.raises(ValueError, match=found):
+            train(make(messages=QUESTION + ANSWER).to_iterable_dataset(), **options)

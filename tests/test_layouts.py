@@ -151,7 +151,7 @@ def data(dataset, tmp_path_factory) -> str:
 
 RUNS = [
     make_run("plain", 4, "plain", 4, save_steps=2),
-    make_run("grouped", 3, "grouped", 1),
+    make_run("grouped", 3, "grouped", 1, save_steps=4),
     make_run("packed", 2, "packed", 1),
     make_run("streamed", 4, "streamed", 1, save_steps=4),
     make_run("dropped", 1, "dropped", 2),
@@ -188,6 +188,7 @@ def test_layouts_agree(vicuna, data, alone, tmp_path, num_processes, sharding):
     ]
     resumed = [
         {**through[0], "name": "resumed", "resume_from_checkpoint": f"{alone}/plain/checkpoint-2"},
+        {**through[1], "name": "resumed_grouped", "resume_from_checkpoint": f"{alone}/grouped/checkpoint-4"},
         {**through[3], "name": "resumed_stream", "resume_from_checkpoint": f"{alone}/streamed/checkpoint-4"},
     ]
     # A single process writes no checkpoint that FSDP reads.
@@ -197,6 +198,7 @@ def test_layouts_agree(vicuna, data, alone, tmp_path, num_processes, sharding):
         compare(read(tmp_path / run["name"]), read(alone / run["name"]), run["name"])
     if sharding == "ddp":
         compare(read(tmp_path / "resumed"), read(alone / "plain"), "resumed", first_step=2)
+        compare(read(tmp_path / "resumed_grouped"), read(alone / "grouped"), "resumed grouped", first_step=4)
         compare(read(tmp_path / "resumed_stream"), read(alone / "streamed"), "resumed stream", first_step=4)
 
 
