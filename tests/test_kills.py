@@ -21,8 +21,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from modeling_vwlmm import VWLMMForConditionalGeneration, VWLMMTrainer, VWLMMTrainingArguments
-from modeling_vwlmm.training import checkpoints
-from modeling_vwlmm.training import trainer as trainer_module
+from modeling_vwlmm.training import checkpoints, saving
 from modeling_vwlmm.training.checkpoints import find_last_checkpoint
 from processing_vwlmm import VWLMMProcessor
 
@@ -85,7 +84,7 @@ def train(
     if signal_number is not None:
         trainer.add_callback(Signal(signal_number))
     if kill_at is not None:
-        owner = next(owner for owner in (trainer, checkpoints, trainer_module) if hasattr(owner, kill_at))
+        owner = next(owner for owner in (trainer, checkpoints, saving) if hasattr(owner, kill_at))
         there = getattr(owner, kill_at)
 
         def kill(*args, **kwargs):

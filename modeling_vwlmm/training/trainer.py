@@ -2,23 +2,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """One trainer for the four stages of VW-LMM."""
 
-import json
-import shutil
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.data_loader import IterableDatasetShard
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from huggingface_hub import ModelCard
 from torch import nn
-from torch.utils.data import DataLoader, Sampler, SequentialSampler
+from torch.utils.data import DataLoader
 from transformers import (
     ProcessorMixin,
     TrainerCallback,
@@ -27,9 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_pt_utils import BatchRebalanceSampler
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.utils import logging
 from trl import SFTTrainer
 from trl.chat_template_utils import has_generation_markers
@@ -44,16 +38,9 @@ from ..outputs_vwlmm import VWLMMCausalLMOutputWithPast
 from ..placeholders_vwlmm import replace_placeholders
 from .arguments import VWLMMTrainingArguments
 from .checkpoints import (
-    INCOMPLETE,
-    RUN_STATE,
     StopSignals,
     TrainingInterrupted,
-    check_run,
     describe_data,
-    describe_run,
-    find_last_checkpoint,
-    publish_checkpoint,
-    remove_incomplete_checkpoints,
 )
 from .checks import (
     all_datasets,
@@ -66,15 +53,14 @@ from .checks import (
     restrict_all_linear,
 )
 from .collating import VWLMMDataCollator
-from .data_order import FilledBatchCollator, FilledDataset, FullMicroStepSampler, GlobalStream, RandomOrderSampler
+from .data_loading import LoadsInOrder
 from .lockstep import encode_no_images
 from .means import PositionMeans
 from .model_card import TAGS, is_hub_id, make_model_card, read_training_procedure
 from .no_cache import NoCache
-from .packing import PackedDataset, PackingSampler, count_tokens
-from .sampling import ModalityLengthGroupedSampler, estimate_lengths, has_image_column
+from .saving import RunStateCallback, SavesWholeCheckpoints
 from .stages import METHODS, set_trainable_parameters
-from .training_modules import attach_training_modules, load_training_modules, save_training_modules
+from .training_modules import attach_training_modules
 from .watching import History, Stopwatch, TrainingDiverged, measure_gradient_norms, measure_memory
 
 
@@ -84,7 +70,7 @@ logger = logging.get_logger(__name__)
 SOURCE_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
-class VWLMMTrainer(SFTTrainer):
+class VWLMMTrainer(SavesWholeCheckpoints, LoadsInOrder, SFTTrainer):
     """
     Trainer of VW-LMM's four stages, on top of TRL's `SFTTrainer`.
 
@@ -295,224 +281,6 @@ class VWLMMTrainer(SFTTrainer):
             self._config.trained_stages = [*stages, self.args.stage]
         self._has_recorded_stage = True
 
-    def _find_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
-        self._num_steps_taken, self._stops = 0, False
-        if self.args.should_save:
-            remove_incomplete_checkpoints(self.args.output_dir)
-        checkpoint = resume_from_checkpoint or None
-        if checkpoint is True:
-            checkpoint = find_last_checkpoint(self.args.output_dir)
-            if checkpoint is None:
-                raise ValueError(f"{self.args.output_dir} has no whole checkpoint to resume from.")
-        if checkpoint is not None:
-            check_run(checkpoint, self._describe_run(), self.args.ignore_data_changes)
-            if not self.args.ignore_data_skip:
-                state = TrainerState.load_from_json(Path(checkpoint, TRAINER_STATE_NAME))
-                self._num_steps_taken = state.global_step
-        return checkpoint
-
-    def _describe_run(self) -> dict[str, dict[str, Any]]:
-        return describe_run(self.args, self._config, self._data, uses_peft=is_peft_model(self.model))
-
-    def get_train_dataloader(self) -> DataLoader:
-        """See `Trainer.get_train_dataloader`. With `packing` its batches are rows of samples."""
-        samples = self.train_dataset
-        if self.args.packing and isinstance(samples, Dataset):
-            self.train_dataset = self._pack(samples)
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.train_dataset = samples
-
-    def _pack(self, dataset: Dataset) -> PackedDataset:
-        with self.args.main_process_first():
-            lengths = count_tokens(
-                dataset, self.data_collator, self.args.length_column_name, self.args.dataset_num_proc
-            )
-        sampler = PackingSampler(lengths, self.args.max_length, self._get_data_seed())
-        logger.info(
-            f"Packed {len(lengths)} samples into {len(sampler)} rows of {self.args.max_length} tokens, "
-            f"{len(lengths) / max(len(sampler), 1):.1f} in each. Batch sizes count rows."
-        )
-        return PackedDataset(dataset, sampler)
-
-    def _get_data_seed(self) -> int:
-        return self.args.seed if self.args.data_seed is None else self.args.data_seed
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        # Private: Transformers has no public way to bring a sampler.
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if isinstance(dataset, PackedDataset):
-            return dataset.sampler
-        if self.args.train_sampling_strategy == "random":
-            return RandomOrderSampler(len(dataset), self._get_data_seed())
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
-        if has_image_column(dataset):
-            lengths, has_images = estimate_lengths(dataset, self._config.image_seq_length)
-        else:  # text, which TRL has made tokens of
-            lengths, has_images = [len(ids) for ids in dataset["input_ids"]], [False] * len(dataset)
-        if self.args.length_column_name in dataset.column_names:
-            lengths = dataset[self.args.length_column_name][:]  # a list: a column would be read sample by sample
-        return ModalityLengthGroupedSampler(self.args.global_batch_size, lengths, has_images, self._get_data_seed())
-
-    def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
-        # Private, and the one place where the data, their sampler and their collator meet.
-        if not is_training:
-            return self._get_eval_or_test_dataloader(dataset, *args, **kwargs)
-        config, processes = self.args, self.accelerator
-        if processes.split_batches or processes.dispatch_batches:
-            raise ValueError(
-                "`accelerator_config` has `split_batches` or `dispatch_batches`, which cut batches by rows; images "
-                "are no rows of a batch. Leave them out: processes read batches of their own."
-            )
-        collator, self.data_collator = self.data_collator, FilledBatchCollator(self.data_collator)
-        try:
-            if isinstance(dataset, IterableDataset):
-                if dataset.column_names is not None:  # which a generator does not tell
-                    dataset = self._remove_unused_columns(dataset, "Training")
-                stream = GlobalStream(
-                    dataset,
-                    config.max_steps,
-                    config.global_batch_size,
-                    config.per_device_train_batch_size,
-                    processes.num_processes,
-                    processes.process_index,
-                    config.dataloader_drop_last,
-                )
-                stream.num_steps_taken = self._num_steps_taken
-                loader = super()._get_dataloader(stream, *args, is_training=True, **kwargs)
-                if isinstance(loader.dataset, IterableDatasetShard):  # it has shared the samples out already
-                    loader.dataset.num_processes, loader.dataset.process_index = 1, 0
-                return loader
-            sampler = kwargs.pop("sampler_fn")(dataset)
-            if not isinstance(sampler, BatchRebalanceSampler):  # whose micro-batches are of different sizes
-                sampler = FullMicroStepSampler(
-                    sampler,
-                    config.per_device_train_batch_size * processes.num_processes,
-                    config.global_batch_size,
-                    config.dataloader_drop_last,
-                )
-                self.remove_callback(SamplerEpoch)  # of an earlier data loader
-                self.add_callback(SamplerEpoch(sampler))
-            if isinstance(dataset, Dataset):
-                dataset = self._remove_unused_columns(dataset, "Training")
-            return super()._get_dataloader(
-                FilledDataset(dataset), *args, sampler_fn=lambda _: sampler, is_training=True, **kwargs
-            )
-        finally:
-            self.data_collator = collator
-
-    def _get_eval_or_test_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> DataLoader:
-        if not isinstance(self.data_collator, VWLMMDataCollator):
-            return super()._get_dataloader(dataset, *args, **kwargs)
-        packs = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
-        collator, self.data_collator = self.data_collator, replace(self.data_collator, packing=packs)
-        try:
-            if isinstance(dataset, Dataset):
-                # In their order: Transformers would group them by lengths that a sample with images does not tell.
-                sampler = SequentialSampler(dataset)
-                if packs:
-                    dataset = self._pack(self._remove_unused_columns(dataset))
-                    sampler = dataset.sampler
-                if kwargs["description"] == "Evaluation" and self.compute_metrics is None:
-                    # Else predictions are gathered from all processes, and sorted out by Accelerate.
-                    dataset = FilledDataset(self._remove_unused_columns(dataset) if not packs else dataset)
-                    sampler = FullMicroStepSampler(sampler, self.args.eval_batch_size * self.args.world_size)
-                    self.data_collator = FilledBatchCollator(self.data_collator)
-                kwargs["sampler_fn"] = lambda _: sampler
-            return super()._get_dataloader(dataset, *args, **kwargs)
-        finally:
-            self.data_collator = collator
-
-    def _get_output_dir(self, trial: Any) -> str:
-        # Private, as is all saving: where a checkpoint is written until all of it is there.
-        folder = super()._get_output_dir(trial)
-        return str(Path(folder, INCOMPLETE)) if self._is_saving else folder
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # Private, as is all saving.
-        output_dir, step = Path(self._get_output_dir(trial)), self.state.global_step
-        if step >= self.state.max_steps:
-            self._record_stage()
-        name = f"checkpoint-{step}"
-        checkpoint, written = output_dir / name, output_dir / INCOMPLETE / name
-        best = output_dir / f"checkpoint-{self.state.best_global_step}"
-        if self.args.should_save:
-            shutil.rmtree(written, ignore_errors=True)
-        run_state = {**self._describe_run(), "since_last_log": gather_object([self._get_sums_since_last_log()])}
-        self.accelerator.wait_for_everyone()
-        if self.state.best_global_step and (best.exists() or best == checkpoint):
-            self.state.best_model_checkpoint = str(best)
-        self._is_saving = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._is_saving = False
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            if best == checkpoint:
-                self.state.best_model_checkpoint = str(best)
-                self.state.save_to_json(str(written / TRAINER_STATE_NAME))
-            publish_checkpoint(written, checkpoint, run_state)
-        self.accelerator.wait_for_everyone()
-        if self.is_local_process_zero() and written.exists():  # of processes whose disk is another
-            publish_checkpoint(written, checkpoint, run_state)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(checkpoint))
-        if self.args.should_save:
-            rotate_checkpoints(
-                str(output_dir), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
-            )
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Private, as is all saving.
-        if not self._is_saving:
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def _get_sums_since_last_log(self) -> dict[str, Any]:
-        return {
-            "step": self._globalstep_last_logged,
-            "loss": self._tr_loss.item(),
-            "means": self._means["train"].state_dict(),
-        }
-
-    def _set_sums_since_last_log(self, processes: list[dict[str, Any]]) -> None:
-        index, is_same_layout = self.accelerator.process_index, len(processes) == self.accelerator.num_processes
-        loss = sum(process["loss"] for process in processes) / len(processes)  # of which the mean is logged
-        self._globalstep_last_logged = processes[0]["step"]
-        self._tr_loss += processes[index]["loss"] if is_same_layout else loss
-        mine = processes[index : index + 1] if is_same_layout else [] if index else processes
-        self._means["train"].load_state_dict([process["means"] for process in mine])
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        # Private: no public hook sees the weights that sharded training puts together.
-        if self.args.should_save:  # before the model's own weights are saved, which takes these out of `state_dict`
-            save_training_modules(self._base_model, output_dir or self.args.output_dir, state_dict)
-        super()._save(output_dir, state_dict)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        # Private, as is all resuming. DeepSpeed has a checkpoint of its own, of all modules, and does not come here.
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_training_modules(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        # Private, as is all resuming.
-        super()._load_best_model()
-        if not self.is_deepspeed_enabled:
-            self._load_training_modules(self.state.best_model_checkpoint)
-
-    def _load_training_modules(self, folder: str) -> None:
-        # FSDP's own checkpoints have them, but for those of PEFT, which have adapters alone.
-        if not self.is_fsdp_enabled or is_peft_model(self.model):
-            load_training_modules(self._base_model, folder)
-
-    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
-        """See `Trainer.get_eval_dataloader`. Raises if the data lack a column that an objective reads."""
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            self.args.check_columns(eval_dataset)
-        return super().get_eval_dataloader(eval_dataset)
-
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], dict[str, int | torch.Tensor]]:
@@ -709,19 +477,6 @@ class VWLMMTrainer(SFTTrainer):
         ).save(file)
 
 
-class SamplerEpoch(TrainerCallback):
-    """Tells a sampler the epoch: Transformers and Accelerate do not where a resumed run skips batches."""
-
-    def __init__(self, sampler: Sampler) -> None:
-        self.sampler = sampler
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """See `TrainerCallback.on_epoch_begin`."""
-        self.sampler.set_epoch(int(state.epoch or 0))
-
-
 class UntrainedParameters(TrainerCallback):
     """Names what trains and has got no gradient, in the first step with an image. DeepSpeed shows no gradients."""
 
@@ -744,34 +499,6 @@ class UntrainedParameters(TrainerCallback):
                 f"{shown} shall train, and no loss of this run depends on them: they stay as they are. Leave them "
                 "out, with PEFT of `target_modules` and `modules_to_save`."
             )
-
-
-class RunStateCallback(TrainerCallback):
-    """Goes on with the sums since the last log of a resumed run, and ends a run that a signal asks to."""
-
-    def __init__(self, trainer: VWLMMTrainer, checkpoint: str | None) -> None:
-        self.trainer = trainer
-        self.checkpoint = checkpoint
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """See `TrainerCallback.on_train_begin`."""
-        self.trainer._stopwatch.restart(state.global_step)
-        if self.checkpoint is not None:
-            run_state = json.loads(Path(self.checkpoint, RUN_STATE).read_text())
-            self.trainer._set_sums_since_last_log(run_state["since_last_log"])
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """See `TrainerCallback.on_step_end`."""
-        if self.trainer.accelerator.num_processes == 1:
-            self.trainer._stops = self.trainer._stop_signals.received
-        if self.trainer._stops:
-            logger.warning(f"A signal came: the run saves a checkpoint of step {state.global_step}, and ends.")
-            control.should_save = control.should_training_stop = True
-            control.should_evaluate = False  # there may be little time
 
 
 def ignore_all_positions(batch: dict[str, Any]) -> None:
