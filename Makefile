@@ -2,13 +2,17 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: demo test test-oldest test-peers test-lmms-eval test-vllm mutants lint bench clean
+.PHONY: demo test fuzz test-oldest test-peers test-lmms-eval test-vllm mutants lint bench clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python examples/demo.py
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2
+
+# Records and images that nobody would write, a hundred times as many as `make test` tries.
+fuzz: $(VENV)/installed
+	VWLMM_FUZZ_CASES=200000 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/test_fuzz.py -s
 
 # Changes to the code that the tests have to notice.
 mutants: $(VENV)/installed

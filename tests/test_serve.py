@@ -12,9 +12,11 @@ import sys
 import time
 import urllib.request
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_image
+from PIL import ExifTags, Image
 from test_hub import WITHOUT_PACKAGE
 
 
@@ -51,11 +53,11 @@ def client(vicuna, tmp_path_factory):
             server.terminate()
 
 
-def ask(client, model: str, *images) -> str:
-    content = [{"type": "text", "text": QUESTION}]
+def ask(client, model: str, *images, question: str = QUESTION, **options) -> str:
+    content = [{"type": "text", "text": question}]
     for image in images:
         file = io.BytesIO()
-        image.save(file, "PNG")
+        image.save(file, "PNG", **options)
         url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
         content.insert(0, {"type": "image_url", "image_url": {"url": url}})
     answer = client.chat.completions.create(
@@ -64,8 +66,8 @@ def ask(client, model: str, *images) -> str:
     return answer.choices[0].message.content
 
 
-def generate(model, processor, *images) -> str:
-    content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": QUESTION}]
+def generate(model, processor, *images, question: str = QUESTION) -> str:
+    content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": question}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
         add_generation_prompt=True,
@@ -83,6 +85,28 @@ def test_answers_about_an_image(client, vicuna, model, processor):
     answers = [ask(client, vicuna, image) for image in (first, second)]
     assert answers == [generate(model, processor, image) for image in (first, second)]
     assert answers[0] != answers[1]
+
+
+def test_image_that_lies_on_its_side(client, vicuna, model, processor):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    upright = make_image(1)
+    sideways = upright.transpose(Image.Transpose.ROTATE_90)
+    answer = ask(client, vicuna, sideways, exif=exif)
+    assert answer == generate(model, processor, upright) != generate(model, processor, sideways)
+
+
+def test_image_of_16_bits(client, vicuna, model, processor):
+    grey = make_image(1).convert("L")
+    levels = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    assert ask(client, vicuna, levels) == generate(model, processor, grey)
+
+
+def test_control_tokens_are_text(client, vicuna, model, processor):
+    question = "What is </s> in <s> the <image> picture?"
+    assert ask(client, vicuna, make_image(1), question=question) == generate(
+        model, processor, make_image(1), question=question
+    )
 
 
 def test_answers_to_text_alone(client, vicuna, model, processor):
