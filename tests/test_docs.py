@@ -338,24 +338,18 @@ FOREIGN = {
     *("mmbench_cn", "mmvet", "OPENAI_API_KEY"),
     # Of torch, Transformers (a keyword that `from_pretrained` does not list, a prefix of logs, a command) and Llama.
     *("requires_grad", "device_map", "eval_", "serve", "q_proj"),
-    # Of those that the page on security speaks of.
-    *(
-        "image",
-        "image_url",
-        "tools",
-        "chat_template_kwargs",
-        "env",
-        "SHARDED_STATE_DICT",
-        "cast_column",
-        "List",
-        "Image",
-    ),
+    # Of torch, TRL, `datasets`, shells and SLURM, on the pages on security, long runs and data.
+    *("image", "image_url", "tools", "chat_template_kwargs", "env", "SHARDED_STATE_DICT", "weights_only", "kill"),
+    *("cast_column", "List", "Image", "Dataset", "load_dataset", "streaming"),
+    *("completion", "system", "text", "linear", "group_by_length", "assistant_model"),
+    # Of files and logs that only a run has.
+    *("benchmark_parameters", "eval_a_", "eval_b_", "eval_loss", "adapter_grad_norm", "metric_key_prefix"),
 }
 SYMBOL = re.compile(r"[A-Za-z](_[A-Za-z]{1,2})?")  # of the equations: `C`, `x_n`, `W_VM`
 PATH = re.compile(r"[\w./-]+/[\w./-]*|[\w-]+\.(py|yaml|md|bin|model|jsonl|safetensors)")
 # What a reader has or gets, and the repository has not.
 READERS_FILE = re.compile(r"runs/\S+|data/|README\.md|\S+\.(safetensors|bin|model|jsonl)")
-VLLM_OPTIONS = {"--gpu-memory-utilization"}  # vLLM is not installed here
+VLLM_OPTIONS = {"--gpu-memory-utilization", "--requeue"}  # of vLLM and SLURM, which are not installed here
 
 
 @pytest.fixture(scope="module")
@@ -403,7 +397,12 @@ class Names:
         self.quoted = {*objectives_vwlmm.OBJECTIVES, *METHODS, *chat_templates_vwlmm.CHAT_TEMPLATES, *MODULES}
         self.names = logged | FOREIGN | self.quoted | vars(model.config).keys() | vars(model.generation_config).keys()
         self.names |= {name for module in modules for name in (*dir(module), module.__name__)}
-        self.names |= {*modeling_vwlmm.__all__, TRAINING_MODULES, *dir(objectives_vwlmm.Objective)}
+        self.names |= {
+            *modeling_vwlmm.__all__,
+            *modeling_vwlmm.training.__all__,
+            TRAINING_MODULES,
+            *dir(objectives_vwlmm.Objective),
+        }
         self.names |= {name for function in functions for name in inspect.signature(function).parameters}
         self.names |= {field.name for type_ in dataclass_types for field in dataclasses.fields(type_)}
         self.names |= {name for class_ in (VWLMMForConditionalGeneration, VWLMMTrainer) for name in dir(class_)}
