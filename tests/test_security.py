@@ -318,7 +318,7 @@ class TestScripts:
         """Which can be harm enough: a recipe is to be read like a script."""
         monkeypatch.setenv("VWLMM_TEST", "before")
         (tmp_path / "recipe.yaml").write_text("env: {VWLMM_TEST: after}\n")
-        with pytest.raises(SystemExit):
+        with pytest.raises(ValueError, match="`stage` is None"):
             example("train").main(["--config", str(tmp_path / "recipe.yaml")])
         assert os.environ["VWLMM_TEST"] == "after"
 
