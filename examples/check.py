@@ -9,11 +9,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from datasets import Dataset
-from torch.utils.data import RandomSampler
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from modeling_vwlmm import VWLMMConfig, VWLMMForConditionalGeneration, VWLMMTrainingArguments
 from modeling_vwlmm.training.collating import VWLMMDataCollator
+from modeling_vwlmm.training.data_order import RandomOrderSampler
 from modeling_vwlmm.training.packing import pack_rows
 from modeling_vwlmm.training.sampling import ModalityLengthGroupedSampler, estimate_lengths
 from modeling_vwlmm.training.stages import set_trainable_parameters
@@ -80,16 +80,16 @@ def _print_bars(title: str, counts: dict[object, int]) -> None:
 
 
 def _print_steps(dataset: Dataset, args: VWLMMTrainingArguments, lengths: Sequence[int], config: VWLMMConfig) -> None:
+    seed = args.seed if args.data_seed is None else args.data_seed
     if args.packing:
-        way, order = "packed", pack_rows(lengths, args.max_length, args.seed)
+        way, order = "packed", pack_rows(lengths, args.max_length, seed)
         sizes = [sum(lengths[sample] for sample in row) for row in order]
     else:
         if args.train_sampling_strategy == "group_by_length":
             estimated = estimate_lengths(dataset, config.image_seq_length)
-            way, sampler = "grouped", ModalityLengthGroupedSampler(args.global_batch_size, *estimated, args.seed)
+            way, sampler = "grouped", ModalityLengthGroupedSampler(args.global_batch_size, *estimated, seed)
         else:
-            generator = torch.Generator().manual_seed(args.seed)
-            way, sampler = "plain", RandomSampler(dataset, generator=generator)
+            way, sampler = "plain", RandomOrderSampler(len(dataset), seed)
         sizes = [lengths[sample] for sample in sampler]
     width = args.per_device_train_batch_size
     batches = [sizes[start : start + width] for start in range(0, len(sizes), width)]
