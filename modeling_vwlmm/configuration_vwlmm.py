@@ -1,11 +1,12 @@
 # Copyright 2026 The VW-LMM authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Configuration of VW-LMM."""
+"""Configurations of the model and of the visual tokenizer."""
 
 import os
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from transformers.models.llava.configuration_llava import LlavaConfig
 
@@ -18,6 +19,109 @@ AUTO_MAP = {
     "AutoModelForImageTextToText": "modeling_vwlmm.VWLMMForConditionalGeneration",
     "AutoModelForMultimodalLM": "modeling_vwlmm.VWLMMForConditionalGeneration",
 }
+
+
+@strict
+class VWLMMVisualTokenizerConfig(PreTrainedConfig):
+    """
+    Configuration of [`VWLMMVisualTokenizer`], LaVIT's dynamic visual tokenizer. The defaults are LaVIT's: an EVA-CLIP
+    ViT-g/14, 16384 codes of 32 numbers.
+
+    Args:
+        vision_config (`dict` or `PreTrainedConfig`, *optional*):
+            Configuration of the frozen vision tower. BLIP-2's ViT-g/14 by default, which is EVA-CLIP's.
+        vision_feature_layer (`int`, *optional*, defaults to -1):
+            Layer of the tower whose output is read, before the tower's last norm.
+        vision_feature_select_strategy (`str`, *optional*, defaults to `"default"`):
+            `"default"` drops the class token, `"full"` is for towers without one.
+        hidden_size (`int`, *optional*):
+            Width `C` of the patch features. By default the tower's.
+        num_patches (`int`, *optional*):
+            Patches `N` of one image. By default the tower's.
+        num_merger_layers (`int`, *optional*, defaults to 12):
+            Blocks of the token merger.
+        num_decoder_layers (`int`, *optional*, defaults to 3):
+            Blocks of the decoder, which rebuilds the features of all patches.
+        num_attention_heads, intermediate_size (`int`, *optional*):
+            Of the blocks of both. By default the tower's.
+        num_codes (`int`, *optional*, defaults to 16384):
+            Codes `K` of the codebook.
+        code_dim (`int`, *optional*, defaults to 32):
+            Numbers `d` of one code.
+        selection (`str`, *optional*, defaults to `"threshold"`):
+            How patches are kept, except in training: `"threshold"`, those whose probability reaches `threshold`;
+            `"sample"`, by a draw, as the authors do, with `seed`; `"top_k"`, the best `round(keep_rate * N)`.
+        threshold (`float`, *optional*):
+            Probability from which a patch is kept. Training finds it.
+        min_tokens (`int`, *optional*, defaults to 1):
+            Patches that an image keeps at least, the most probable ones. 0 lets an image keep none.
+        seed (`int`, *optional*, defaults to 0):
+            Of the draw. Every image gets the same noise, so that its tokens do not depend on its neighbours.
+        keep_rate (`float`, *optional*, defaults to 1/3):
+            Share `rho` of patches that training aims at.
+        ratio_weight (`float`, *optional*, defaults to 2.0):
+            Weight `lambda` of the term that does so (equation 4 of the paper).
+        commitment_weight (`float`, *optional*, defaults to 1.0):
+            Weight of the mean squared distance of features and their codes.
+        decoder_selects (`bool`, *optional*, defaults to `True`):
+            Whether the selector learns through the decoder's attention, too, and not only through the merger's.
+        ema_decay (`float`, *optional*, defaults to 0.99):
+            Of the codebook's moving average.
+        revive_after (`int`, *optional*, defaults to 20):
+            Steps without use after which a code is put where features are.
+        layer_norm_eps (`float`, *optional*, defaults to 1e-5):
+            Of the norms of selector, merger and decoder.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of new weights.
+        kwargs:
+            Everything that `PreTrainedConfig` takes.
+    """
+
+    model_type = "vwlmm_visual_tokenizer"
+    base_config_key = "visual_tokenizer_config"
+    sub_configs = {"vision_config": AutoConfig}
+
+    vision_config: dict | PreTrainedConfig | None = None
+    vision_feature_layer: int = -1
+    vision_feature_select_strategy: Literal["default", "full"] = "default"
+    hidden_size: int | None = None
+    num_patches: int | None = None
+    num_merger_layers: int = 12
+    num_decoder_layers: int = 3
+    num_attention_heads: int | None = None
+    intermediate_size: int | None = None
+    num_codes: int = 16384
+    code_dim: int = 32
+    selection: Literal["threshold", "sample", "top_k"] = "threshold"
+    threshold: float | None = None
+    min_tokens: int = 1
+    seed: int = 0
+    keep_rate: float = 1 / 3
+    ratio_weight: float = 2.0
+    commitment_weight: float = 1.0
+    decoder_selects: bool = True
+    ema_decay: float = 0.99
+    revive_after: int = 20
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if isinstance(self.vision_config, dict):
+            fields = dict(self.vision_config)
+            self.vision_config = CONFIG_MAPPING[fields.pop("model_type", "blip_2_vision_model")](**fields)
+        elif self.vision_config is None:
+            self.vision_config = CONFIG_MAPPING["blip_2_vision_model"]()
+        vision = self.vision_config
+        self.hidden_size = self.hidden_size or vision.hidden_size
+        self.num_patches = self.num_patches or (vision.image_size // vision.patch_size) ** 2
+        self.num_attention_heads = self.num_attention_heads or vision.num_attention_heads
+        # DINOv2 names a factor in place of its width.
+        self.intermediate_size = self.intermediate_size or getattr(vision, "intermediate_size", 4 * vision.hidden_size)
+        self.auto_map = {
+            "AutoConfig": "configuration_vwlmm.VWLMMVisualTokenizerConfig",
+            "AutoModel": "visual_tokenizer_vwlmm.VWLMMVisualTokenizer",
+        }
+        super().__post_init__(**kwargs)
 
 
 @strict

@@ -10,7 +10,7 @@ import copy
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModel, Blip2VisionConfig, Blip2VisionModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import output_capturing
 
@@ -21,6 +21,8 @@ from .configuration_vwlmm import VWLMMConfig
 WHOLE = ("lm_head", "model.vm_head", "model.multi_modal_projector")
 # Whether Transformers can keep the outputs of some layers and no others (5.23), counted from the last ones, too.
 KEEPS_NAMED_LAYERS = hasattr(output_capturing, "selected_hidden_states")
+# EVA-CLIP's ViT-g/14, LaVIT's tower, is in Transformers as a part of BLIP-2, where no auto class finds it.
+AutoModel.register(Blip2VisionConfig, Blip2VisionModel, exist_ok=True)
 
 
 class FrozenVisionTower:
