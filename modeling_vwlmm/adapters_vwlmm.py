@@ -19,6 +19,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.utils import ModelOutput
 
 from .configuration_vwlmm import VWLMMConfig
+from .visual_tokenizer_vwlmm import TokenMerger
 
 
 @dataclass
@@ -37,9 +38,36 @@ class AdapterOutput(ModelOutput):
     global_features: torch.Tensor | None = None
 
 
+class TokenMergerAdapter(nn.Module):
+    """
+    LaVIT's adapter: the reader's own token merger and a linear projection. It is another merger than that of the
+    visual tokenizer, whose codes have to stay what they are while this one learns.
+    """
+
+    # The model asks its visual tokenizer which patches to keep.
+    drops_tokens = True
+
+    def __init__(self, config: VWLMMConfig) -> None:
+        super().__init__()
+        if config.visual_tokenizer_config is None:
+            raise ValueError(
+                '`adapter="token_merger"` keeps what a visual tokenizer selects, and `visual_tokenizer_config` is '
+                "missing. Train one with `method='lavit'`, stage 1, and make the model of it."
+            )
+        self.merger = TokenMerger(config.visual_tokenizer_config)
+        self.linear = nn.Linear(config.visual_tokenizer_config.hidden_size, config.text_config.hidden_size)
+
+    def forward(self, patch_features: torch.Tensor, keep_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Of features `[I, N, W]` and what is kept of them, `[I, N]`, the image features, `[I, N, D]`."""
+        if keep_mask is None:
+            keep_mask = torch.ones(patch_features.shape[:2], device=patch_features.device, dtype=torch.bool)
+        return self.linear(self.merger(patch_features, keep_mask))
+
+
 # Every adapter under the name that `config.adapter` has for it: classes made from a config, with
-# `forward(patch_features [I, N, W])`. The MLP of two layers is LLaVA's own, and so are the names of its tensors.
-ADAPTERS: dict[str, type[nn.Module]] = {"mlp": LlavaMultiModalProjector}
+# `forward(patch_features [I, N, W])`, and `keep_mask [I, N]` for those that drop tokens. The MLP of two layers is
+# LLaVA's own, and so are the names of its tensors.
+ADAPTERS: dict[str, type[nn.Module]] = {"mlp": LlavaMultiModalProjector, "token_merger": TokenMergerAdapter}
 
 
 def make_adapter(config: VWLMMConfig) -> nn.Module:
@@ -63,7 +91,17 @@ def to_dtype_of(module: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
     return tensor if torch.is_autocast_enabled(tensor.device.type) else tensor.to(weight.dtype)
 
 
-def adapt(adapter: nn.Module, patch_features: torch.Tensor, image_sizes: list[int] | None = None) -> AdapterOutput:
+def drops_tokens(config: VWLMMConfig) -> bool:
+    """Whether the adapter that `config.adapter` names reads a part of the image tokens alone."""
+    return getattr(ADAPTERS[config.adapter], "drops_tokens", False)
+
+
+def adapt(
+    adapter: nn.Module,
+    patch_features: torch.Tensor,
+    image_sizes: list[int] | None = None,
+    keep_mask: torch.Tensor | None = None,
+) -> AdapterOutput:
     """
     Calls an adapter, and gives what it returns its full form.
 
@@ -71,8 +109,14 @@ def adapt(adapter: nn.Module, patch_features: torch.Tensor, image_sizes: list[in
         adapter (`nn.Module`): The adapter.
         patch_features (`torch.Tensor` of shape `[I, N, W]`): What the tower made of the images.
         image_sizes (`list[int]`, *optional*): Patches of each image, for towers that put all images into one row.
+        keep_mask (`torch.BoolTensor` of shape `[I, N]`, *optional*): Which patches are kept, if not all are.
     """
-    output = adapter(to_dtype_of(adapter, patch_features))  # [I, N, D]
-    if isinstance(output, AdapterOutput):
-        return output
-    return AdapterOutput(list(output) if image_sizes is None else list(output.squeeze(0).split(image_sizes)))
+    options = {}
+    if keep_mask is not None and getattr(adapter, "drops_tokens", False):
+        options["keep_mask"] = keep_mask
+    output = adapter(to_dtype_of(adapter, patch_features), **options)  # [I, N, D]
+    if not isinstance(output, AdapterOutput):
+        output = AdapterOutput(list(output) if image_sizes is None else list(output.squeeze(0).split(image_sizes)))
+    if output.keep_mask is None:
+        output.keep_mask = keep_mask
+    return output

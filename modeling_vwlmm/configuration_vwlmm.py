@@ -48,6 +48,11 @@ class VWLMMVisualTokenizerConfig(PreTrainedConfig):
             Codes `K` of the codebook.
         code_dim (`int`, *optional*, defaults to 32):
             Numbers `d` of one code.
+        condition_dims (`list[int]`, *optional*, defaults to `[]`):
+            Widths of the text conditions of a diffusion model that the decoder's features are projected to, side by
+            side. The decoders of the authors have them.
+        pooled_condition_dim (`int`, *optional*):
+            Width of its pooled condition, if it reads one (SDXL).
         selection (`str`, *optional*, defaults to `"threshold"`):
             How patches are kept, except in training: `"threshold"`, those whose probability reaches `threshold`;
             `"sample"`, by a draw, as the authors do, with `seed`; `"top_k"`, the best `round(keep_rate * N)`.
@@ -92,6 +97,8 @@ class VWLMMVisualTokenizerConfig(PreTrainedConfig):
     intermediate_size: int | None = None
     num_codes: int = 16384
     code_dim: int = 32
+    condition_dims: list[int] | None = None
+    pooled_condition_dim: int | None = None
     selection: Literal["threshold", "sample", "top_k"] = "threshold"
     threshold: float | None = None
     min_tokens: int = 1
@@ -117,6 +124,7 @@ class VWLMMVisualTokenizerConfig(PreTrainedConfig):
         self.num_attention_heads = self.num_attention_heads or vision.num_attention_heads
         # DINOv2 names a factor in place of its width.
         self.intermediate_size = self.intermediate_size or getattr(vision, "intermediate_size", 4 * vision.hidden_size)
+        self.condition_dims = self.condition_dims or []
         self.auto_map = {
             "AutoConfig": "configuration_vwlmm.VWLMMVisualTokenizerConfig",
             "AutoModel": "visual_tokenizer_vwlmm.VWLMMVisualTokenizer",
@@ -141,7 +149,14 @@ class VWLMMConfig(LlavaConfig):
         adapter (`str`, *optional*, defaults to `"mlp"`):
             How patch features become what the decoder reads: a name in `modeling_vwlmm.adapters_vwlmm.ADAPTERS`.
         adapter_config (`dict`, *optional*, defaults to `{}`):
-            What that adapter needs to know beside the sizes of tower and decoder. The MLP needs nothing.
+            What that adapter needs to know beside the sizes of tower and decoder. The MLP and the token merger need
+            nothing.
+        visual_tokenizer_config (`dict` or [`VWLMMVisualTokenizerConfig`], *optional*):
+            Configuration of LaVIT's visual tokenizer, which selects what `adapter="token_merger"` keeps and whose
+            codes the objective `codes` teaches. Without it the model has none.
+        image_start_token_id, image_end_token_id, code_offset (`int`, *optional*):
+            Ids of `[IMG]` and `[/IMG]`, which stand around an image, and of code 0. With a visual tokenizer, by
+            default the last `2 + num_codes` rows of the decoder's vocabulary.
         use_pseudo_image_features (`bool`, *optional*, defaults to `False`):
             Whether the decoder reads pseudo image features (section 2.3 of the paper, equation 8) in place of image
             features.
@@ -171,9 +186,25 @@ class VWLMMConfig(LlavaConfig):
     adapter_config: dict | None = None
     use_pseudo_image_features: bool = False
     trained_stages: list[int] | None = None
+    visual_tokenizer_config: dict | PreTrainedConfig | None = None
+    image_start_token_id: int | None = None
+    image_end_token_id: int | None = None
+    code_offset: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        if isinstance(self.visual_tokenizer_config, dict):
+            self.visual_tokenizer_config = VWLMMVisualTokenizerConfig(**self.visual_tokenizer_config)
+        if (tokenizer := self.visual_tokenizer_config) is not None:
+            if self.code_offset is None:
+                self.code_offset = self.text_config.vocab_size - tokenizer.num_codes
+                self.image_start_token_id, self.image_end_token_id = self.code_offset - 2, self.code_offset - 1
+            if not 2 <= self.code_offset <= self.text_config.vocab_size - tokenizer.num_codes:
+                raise ValueError(
+                    f"The codebook has {tokenizer.num_codes} codes from id {self.code_offset} on, and the decoder "
+                    f"{self.text_config.vocab_size} tokens; expected a row of the decoder for each code. Resize the "
+                    "decoder's embeddings, or load the tokenizer that it was trained with."
+                )
         if self.image_token_index is None:
             self.image_token_index = self.text_config.vocab_size
         self.adapter_config = self.adapter_config or {}

@@ -15,7 +15,7 @@ import json
 import re
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -88,7 +88,7 @@ def convert_official_checkpoint(source: str | Path, output: str | Path, vision_t
             a file is damaged, or if a `.bin` file holds anything but tensors.
     """
     source, output = Path(source), Path(output)
-    _check_is_free(output)
+    check_is_free(output)
     official = _read_official_config(source)
     vision_tower = vision_tower or official["mm_vision_tower"]
     if (source / vision_tower).is_dir():
@@ -98,19 +98,22 @@ def convert_official_checkpoint(source: str | Path, output: str | Path, vision_t
         model = VWLMMForConditionalGeneration(_convert_config(official, vision_tower))
     if (source / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source)
-    weights = _Weights(source)
-    lacks_vision_tower = _check_weights(weights, model)
+    weights = Weights(source, KEY_MAPPING)
+    expected = model.state_dict()
+    tower = {name for name in expected if name.startswith("model.vision_tower.")}
+    lacks_vision_tower = tower.isdisjoint(weights.shapes())
+    weights.check({name: expected[name] for name in expected if not (lacks_vision_tower and name in tower)})
     processor = VWLMMProcessor.from_vision_text_pretrained(
         vision_tower, str(source), chat_template="mistral" if _is_mistral(official) else "vicuna_v1"
     )
     processor.vision_feature_select_strategy = model.config.vision_feature_select_strategy
-    with _complete_folder(output) as incomplete:
+    with complete_folder(output) as incomplete:
         processor.save_pretrained(incomplete)
         shards, num_shards = weights.shards(model.config.dtype), len(weights.files) + lacks_vision_tower
         if lacks_vision_tower:
             logger.warning_once(f"{source} holds no vision tower: its tensors come from {vision_tower}.")
             shards = chain(shards, [_read_vision_tower(vision_tower, model.config)])
-        _save(model, shards, num_shards, incomplete)
+        save_model(model, shards, num_shards, incomplete)
 
 
 def convert_to_llava(source: str | Path, output: str | Path) -> None:
@@ -127,7 +130,7 @@ def convert_to_llava(source: str | Path, output: str | Path) -> None:
         ValueError: If `source` is of another architecture, an adapter of PEFT, or if no LLaVA computes what it does.
     """
     output = Path(output)
-    _check_is_free(output)
+    check_is_free(output)
     if (Path(source) / "adapter_config.json").is_file():
         raise ValueError(
             f"{source} holds an adapter of PEFT. Merge it first, `PeftModel.from_pretrained(base_model, adapter)"
@@ -138,7 +141,7 @@ def convert_to_llava(source: str | Path, output: str | Path) -> None:
         raise ValueError(f"{source} has the model type {model_type!r}; expected {VWLMMConfig.model_type!r}, a VW-LMM.")
     llava = VWLMMForConditionalGeneration.from_pretrained(source, dtype="auto").to_llava()
     processor = VWLMMProcessor.from_pretrained(source).to_llava()
-    with _complete_folder(output) as incomplete:
+    with complete_folder(output) as incomplete:
         # Under the names that `LlavaForConditionalGeneration.save_pretrained` gives, Transformers alone finds a tower.
         llava.save_pretrained(incomplete, state_dict=_rename_published(llava), save_original_format=False)
         processor.save_pretrained(incomplete)
@@ -158,13 +161,13 @@ def _rename_published(llava: LlavaForConditionalGeneration) -> dict[str, torch.T
     return tensors
 
 
-def _check_is_free(output: Path) -> None:
+def check_is_free(output: Path) -> None:
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise FileExistsError(f"{output} exists and is not empty. Remove it, or choose another output folder.")
 
 
 @contextmanager
-def _complete_folder(output: Path) -> Iterator[Path]:
+def complete_folder(output: Path) -> Iterator[Path]:
     """A folder to write, which becomes `output` when everything is in it."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
@@ -223,11 +226,11 @@ def _convert_config(official: dict, vision_tower: str) -> VWLMMConfig:
     )
 
 
-class _Weights:
+class Weights:
     """The tensors of a checkpoint under our names, of which no more than one file is read at a time."""
 
-    def __init__(self, source: Path) -> None:
-        self.source = source
+    def __init__(self, source: Path, key_mapping: dict[str, str]) -> None:
+        self.source, self.key_mapping = source, key_mapping
         for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
             single, index = source / f"{stem}{suffix}", source / f"{stem}{suffix}.index.json"
             if single.is_file():
@@ -252,11 +255,29 @@ class _Weights:
                 for name, tensor in self._read(file)
             }
 
+    def check(self, expected: Mapping[str, torch.Tensor]) -> None:
+        """Raises `ValueError` unless the tensors are those that the config announces."""
+        found = self.shapes()
+        missing = expected.keys() - found.keys()
+        if missing:
+            raise ValueError(
+                f"{self.source} lacks {len(missing)} tensors, {min(missing)} among them. Is a shard missing, or is "
+                "config.json that of another checkpoint?"
+            )
+        for name, (shape, file) in found.items():
+            if name not in expected:
+                raise ValueError(f"{file} has the unknown tensor {name}. Is config.json that of another checkpoint?")
+            if shape != expected[name].shape:
+                raise ValueError(
+                    f"{file} has {name} of shape {tuple(shape)}, config.json announces {tuple(expected[name].shape)}. "
+                    "Is that the config.json of another checkpoint?"
+                )
+
     def _read(self, file: Path) -> Iterator[tuple[str, torch.Tensor]]:
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing, and the index of the checkpoint names it. Download it again.")
-        for name, tensor in (_read_safetensors if file.suffix == ".safetensors" else _read_bin)(file):
-            for pattern, replacement in KEY_MAPPING.items():
+        for name, tensor in (_read_safetensors if file.suffix == ".safetensors" else read_bin)(file):
+            for pattern, replacement in self.key_mapping.items():
                 name = re.sub(pattern, replacement, name)
             if not name.endswith(COMPUTED_BUFFERS):
                 yield name, tensor
@@ -270,7 +291,7 @@ def _read_safetensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, tensors.get_tensor(name)
 
 
-def _read_bin(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def read_bin(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
     with explain_unreadable(file):
         # Mapped, not read; only the format from before PyTorch 1.6 is no zip file and cannot be.
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
@@ -280,34 +301,12 @@ def _read_bin(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
         yield name, tensor
 
 
-def _check_weights(weights: _Weights, model: VWLMMForConditionalGeneration) -> bool:
-    """Raises unless the tensors are those that the config announces. Returns whether the tower's are left out."""
-    found, expected = weights.shapes(), model.state_dict()
-    tower = {name for name in expected if name.startswith("model.vision_tower.")}
-    lacks_vision_tower = tower.isdisjoint(found)
-    missing = expected.keys() - found - (tower if lacks_vision_tower else set())
-    if missing:
-        raise ValueError(
-            f"{weights.source} lacks {len(missing)} tensors, {min(missing)} among them. Is a shard missing, or is "
-            "config.json that of another checkpoint?"
-        )
-    for name, (shape, file) in found.items():
-        if name not in expected:
-            raise ValueError(f"{file} has the unknown tensor {name}. Is config.json that of another checkpoint?")
-        if shape != expected[name].shape:
-            raise ValueError(
-                f"{file} has {name} of shape {tuple(shape)}, config.json announces {tuple(expected[name].shape)}. Is "
-                "that the config.json of another checkpoint?"
-            )
-    return lacks_vision_tower
-
-
 def _read_vision_tower(vision_tower: str, config: VWLMMConfig) -> dict[str, torch.Tensor]:
     tower = AutoModel.from_pretrained(vision_tower, config=config.vision_config, dtype=config.dtype)
     return {f"model.vision_tower.{name}": tensor for name, tensor in tower.state_dict().items()}
 
 
-def _save(
+def save_model(
     model: VWLMMForConditionalGeneration, shards: Iterator[dict[str, torch.Tensor]], num_shards: int, folder: Path
 ) -> None:
     """What `save_pretrained` writes, without ever holding all weights."""

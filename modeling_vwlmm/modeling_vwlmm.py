@@ -24,14 +24,16 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from .adapters_vwlmm import adapt, make_adapter, to_dtype_of
+from .adapters_vwlmm import adapt, drops_tokens, make_adapter, to_dtype_of
 from .configuration_vwlmm import VWLMMConfig
+from .dropping_vwlmm import GeneratesFromKeptTokens, find_kept_positions, run_decoder
 from .objectives_vwlmm import (
     ObjectiveInputs,
     SupervisedPositions,
     Weight,
     compute_loss,
     get_supervised_image_positions,
+    leave_out_dropped,
     name_counts,
     parse_objectives,
     prepare_batch,
@@ -43,12 +45,14 @@ from .packed_vwlmm import keep_samples_apart
 from .parts_vwlmm import MadeOfParts
 from .placeholders_vwlmm import (
     check_no_placeholder,
+    find_placeholders,
     look_placeholders_up_as_first_token,
     place_image_features,
     propose_without_images,
     replace_placeholders,
 )
 from .vision_vwlmm import FrozenVisionTower, GeneratesInLockstep, run_vision_tower
+from .visual_tokenizer_vwlmm import VWLMMVisualTokenizer
 from .visual_words_vwlmm import VMHead, WithVisualWords, get_distribution
 
 
@@ -64,12 +68,16 @@ class VWLMMModel(FrozenVisionTower, WithVisualWords, LlavaModel):
     def __init__(self, config: VWLMMConfig) -> None:
         # Not LLaVA's own __init__, which knows one adapter alone.
         PreTrainedModel.__init__(self, config)
-        self.vision_tower = AutoModel.from_config(config.vision_config).requires_grad_(False)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.visual_tokenizer = None
+        if config.visual_tokenizer_config is not None:
+            self.visual_tokenizer = VWLMMVisualTokenizer(config.visual_tokenizer_config, self.vision_tower)
         self.multi_modal_projector = make_adapter(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.vm_head = VMHead(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         if config.text_config._attn_implementation == "vllm":
             look_placeholders_up_as_first_token(self.get_input_embeddings())
+        self.freeze_encoders()
         self.post_init()
 
     @can_return_tuple
@@ -79,6 +87,7 @@ class VWLMMModel(FrozenVisionTower, WithVisualWords, LlavaModel):
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
         image_sizes: torch.Tensor | None = None,
+        keep_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | VWLMMImageFeaturesOutput:
         """
@@ -89,6 +98,8 @@ class VWLMMModel(FrozenVisionTower, WithVisualWords, LlavaModel):
             pixel_values (`torch.Tensor` of shape `[I, 3, H, W]`): Preprocessed images.
             vision_feature_layer, vision_feature_select_strategy (*optional*): In place of those of the config.
             image_sizes (`torch.Tensor` of shape `[I, 2]`, *optional*): Sizes in pixels, for towers that need them.
+            keep_mask (`torch.Tensor` of shape `[I, N]`, *optional*): Which image tokens to keep. By default all, or
+                what the visual tokenizer selects for an adapter that drops some.
 
         Returns:
             [`VWLMMImageFeaturesOutput`], or a tuple with `return_dict=False`.
@@ -109,7 +120,7 @@ class VWLMMModel(FrozenVisionTower, WithVisualWords, LlavaModel):
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            **self.adapt(patch_features, num_patches),
+            **self.adapt(patch_features, num_patches, keep_mask),
         )
 
     def get_patch_feature_size(self) -> int:
@@ -117,18 +128,28 @@ class VWLMMModel(FrozenVisionTower, WithVisualWords, LlavaModel):
         layers = self.config.vision_feature_layer
         return self.config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
 
-    def adapt(self, patch_features: torch.Tensor, num_patches: list[int] | None = None) -> VWLMMImageFeaturesOutput:
+    def adapt(
+        self,
+        patch_features: torch.Tensor,
+        num_patches: list[int] | None = None,
+        keep_mask: torch.Tensor | None = None,
+    ) -> VWLMMImageFeaturesOutput:
         """
         What the adapter, and the VM head where it has a part in it, make of patch features.
 
         Args:
             patch_features (`torch.Tensor` of shape `[I, N, W]`): The selected features of the vision tower.
             num_patches (`list[int]`, *optional*): Those of each image, for towers that put all images into one row.
+            keep_mask (`torch.Tensor` of shape `[I, N]`, *optional*): See [`~VWLMMModel.get_image_features`].
 
         Returns:
             [`VWLMMImageFeaturesOutput`] without what the tower alone knows.
         """
-        adapted = adapt(self.multi_modal_projector, patch_features, num_patches)
+        if keep_mask is not None:
+            keep_mask = keep_mask.to(patch_features.device).bool()
+        elif drops_tokens(self.config):
+            keep_mask = self.visual_tokenizer.select_patches(patch_features)
+        adapted = adapt(self.multi_modal_projector, patch_features, num_patches, keep_mask)
         read = adapted.image_features  # I x [N, D]
         if self.config.use_pseudo_image_features:
             # One call for all images: where weights are sharded, every process must call a module equally often.
@@ -175,6 +196,7 @@ class VWLMMModel(FrozenVisionTower, WithVisualWords, LlavaModel):
         image_sizes: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         image_positions: torch.LongTensor | None = None,
+        keep_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | LlavaModelOutputWithPast:
         """
@@ -191,25 +213,36 @@ class VWLMMModel(FrozenVisionTower, WithVisualWords, LlavaModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
         images = self.encode_images(
-            pixel_values, mm_encoder_outputs, vision_feature_layer, vision_feature_select_strategy, image_sizes
+            pixel_values,
+            mm_encoder_outputs,
+            vision_feature_layer,
+            vision_feature_select_strategy,
+            image_sizes,
+            keep_mask,
         )
         embed = self.get_input_embeddings()
         if inputs_embeds is None:
             # Any token can stand in for a placeholder without an embedding: image features take its place.
             inputs_embeds = embed(replace_placeholders(input_ids, self.config, token_id=0))  # [B, L, D]
+        is_kept = None
         if images is None:
             check_no_placeholder(input_ids, self.config, image_positions)
         else:
+            if images.get("keep_mask") is not None and len(images.keep_mask):
+                is_image = find_placeholders(inputs_embeds, input_ids, embed, self.config)  # [B, L]
+                is_kept = find_kept_positions(images.keep_mask, is_image, image_positions)  # [B, L]
             read = torch.cat(images.pooler_output).to(inputs_embeds.device, inputs_embeds.dtype)  # [I * N, D]
             inputs_embeds = place_image_features(
                 inputs_embeds, read, input_ids, embed, self.config, image_positions
             )  # [B, L, D]
 
         kwargs |= keep_samples_apart(position_ids, attention_mask, past_key_values, kwargs.get("use_cache"))
-        outputs = self.language_model(
+        outputs = run_decoder(
+            self.language_model,
+            inputs_embeds,
+            is_kept,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
             **kwargs,
         )
         # Those of a chunk of the prompt (`prefill_chunk_size`) are cut from what the decoder reads, and come without.
@@ -221,7 +254,12 @@ class VWLMMModel(FrozenVisionTower, WithVisualWords, LlavaModel):
 
 
 class VWLMMForConditionalGeneration(
-    MadeOfParts, GeneratesInLockstep, FrozenVisionTower, WithVisualWords, LlavaForConditionalGeneration
+    MadeOfParts,
+    GeneratesInLockstep,
+    GeneratesFromKeptTokens,
+    FrozenVisionTower,
+    WithVisualWords,
+    LlavaForConditionalGeneration,
 ):
     """
     VW-LMM: [`VWLMMModel`] with the MM head (`lm_head`), trained on text and images with one objective.
@@ -290,6 +328,7 @@ class VWLMMForConditionalGeneration(
         supervised_positions: SupervisedPositions | None = None,
         num_items_in_batch: int | torch.Tensor | Mapping[str, int | torch.Tensor] | None = None,
         num_image_items_in_batch: int | torch.Tensor | None = None,
+        keep_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | VWLMMCausalLMOutputWithPast:
         """
@@ -316,6 +355,9 @@ class VWLMMForConditionalGeneration(
             num_items_in_batch, num_image_items_in_batch (`int`, `torch.Tensor` or mapping, *optional*):
                 Supervised text and image positions, or as a mapping those of each objective, of the whole optimiser
                 step. Losses are sums over this batch divided by them; without them, means over this batch.
+            keep_mask (`torch.Tensor` of shape `[I, N]`, *optional*):
+                Which image tokens to keep. By default all, or what the visual tokenizer selects for an adapter that
+                drops some. The decoder does not read dropped ones, and no objective supervises them.
             kwargs:
                 What objectives ask for beside these, such as `image_labels`, and what the decoder takes.
 
@@ -334,8 +376,15 @@ class VWLMMForConditionalGeneration(
         )
         # Not in the decoder's call: what makes image features may learn where the decoder does not.
         images = self.model.encode_images(
-            pixel_values, mm_encoder_outputs, vision_feature_layer, vision_feature_select_strategy, image_sizes
+            pixel_values,
+            mm_encoder_outputs,
+            vision_feature_layer,
+            vision_feature_select_strategy,
+            image_sizes,
+            keep_mask,
         )
+        if supervised_positions is not None and images is not None:
+            supervised_positions = leave_out_dropped(supervised_positions, images.get("keep_mask"))
         image_positions = None if supervised_positions is None else supervised_positions["image_tokens"]
         if objectives and images is None:
             check_no_placeholder(input_ids, self.config, image_positions, is_learned=True)

@@ -508,6 +508,16 @@ def find_supervised_positions(
     return {"by_objective": positions, "image_tokens": _where(is_image[:, :num_columns]), "num_columns": num_columns}
 
 
+def leave_out_dropped(positions: SupervisedPositions, keep_mask: torch.Tensor | None) -> SupervisedPositions:
+    """The positions without those of image tokens that are dropped: `keep_mask`, `[I, N]`, is false there."""
+    if keep_mask is None or not len(keep_mask):
+        return positions
+    image_tokens = positions["image_tokens"]
+    dropped = image_tokens[~keep_mask.flatten().to(image_tokens.device)]
+    supervised = {name: rows[~torch.isin(rows, dropped)] for name, rows in positions["by_objective"].items()}
+    return {**positions, "by_objective": supervised}
+
+
 def _where(mask: torch.Tensor) -> torch.Tensor:
     return mask.flatten().nonzero().squeeze(1)
 

@@ -97,19 +97,24 @@ def place_image_features(
     if image_positions is not None:
         _check_numbers(len(image_positions), len(image_features), config)
         return inputs_embeds.flatten(0, 1).index_copy(0, image_positions, image_features).view_as(inputs_embeds)
-    if input_ids is not None:
-        is_image = input_ids == config.image_token_id  # [B, L]
-    elif has_embedding(config):
-        placeholder = embeddings(torch.tensor(config.image_token_id, device=inputs_embeds.device))  # [D]
-        is_image = (inputs_embeds == placeholder).all(dim=-1)  # [B, L]
-    else:
-        raise ValueError(
-            f"The image placeholder (id {config.image_token_id}) has no embedding: it is past the vocabulary of "
-            f"{config.text_config.vocab_size} tokens. With `pixel_values`, pass `input_ids` instead of "
-            "`inputs_embeds`."
-        )
+    is_image = find_placeholders(inputs_embeds, input_ids, embeddings, config)  # [B, L]
     _check_numbers(is_image.sum(), len(image_features), config)
     return inputs_embeds.masked_scatter(is_image.unsqueeze(-1), image_features)
+
+
+def find_placeholders(
+    inputs_embeds: torch.Tensor, input_ids: torch.Tensor | None, embeddings: nn.Module, config: VWLMMConfig
+) -> torch.Tensor:
+    """Where the placeholders are, `[B, L]`. Arguments are those of [`place_image_features`]."""
+    if input_ids is not None:
+        return input_ids == config.image_token_id
+    if has_embedding(config):
+        placeholder = embeddings(torch.tensor(config.image_token_id, device=inputs_embeds.device))  # [D]
+        return (inputs_embeds == placeholder).all(dim=-1)
+    raise ValueError(
+        f"The image placeholder (id {config.image_token_id}) has no embedding: it is past the vocabulary of "
+        f"{config.text_config.vocab_size} tokens. With `pixel_values`, pass `input_ids` instead of `inputs_embeds`."
+    )
 
 
 def _check_numbers(num_placeholders: int | torch.Tensor, num_image_features: int, config: VWLMMConfig) -> None:

@@ -18,7 +18,7 @@ from .configuration_vwlmm import VWLMMConfig
 
 
 # What is not quantised.
-WHOLE = ("lm_head", "model.vm_head", "model.multi_modal_projector")
+WHOLE = ("lm_head", "model.vm_head", "model.multi_modal_projector", "model.visual_tokenizer")
 # Whether Transformers can keep the outputs of some layers and no others (5.23), counted from the last ones, too.
 KEEPS_NAMED_LAYERS = hasattr(output_capturing, "selected_hidden_states")
 # EVA-CLIP's ViT-g/14, LaVIT's tower, is in Transformers as a part of BLIP-2, where no auto class finds it.
@@ -27,6 +27,12 @@ AutoModel.register(Blip2VisionConfig, Blip2VisionModel, exist_ok=True)
 
 class FrozenVisionTower:
     """A model whose vision tower is frozen when it is loaded, as when it is made: loading forgets what was frozen."""
+
+    def freeze_encoders(self) -> None:
+        """Freezes the vision tower, and the visual tokenizer if there is one."""
+        self.vision_tower.requires_grad_(False)
+        if self.visual_tokenizer is not None:
+            self.visual_tokenizer.requires_grad_(False)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -39,7 +45,7 @@ class FrozenVisionTower:
             kwargs["quantization_config"] = leave_whole(kwargs["quantization_config"])
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with `output_loading_info`
-        model.base_model.vision_tower.requires_grad_(False)
+        model.base_model.freeze_encoders()
         if getattr(model, "is_quantized", False):
             for name, parameter in model.named_parameters():
                 if not any(f".{whole}." in f".model.{name}" for whole in WHOLE):

@@ -4,8 +4,8 @@
 LaVIT's dynamic visual tokenizer (arXiv 2309.04669, section 3.1): a token selector keeps some patches of an image, a
 token merger moves what the others say into them, and a codebook makes ids of them.
 
-Shapes: `I` images, `N` patches of one image, `C` width of the patch features, `M` tokens, at most, of one image, `kept`
-tokens of all images together, `d` size of a code, `K` codes.
+Shapes: `I` images, `N` patches of one image, `C` width of the patch features, `M` tokens, at most, of one image,
+`kept` tokens of all images together, `d` size of a code, `K` codes.
 """
 
 from collections.abc import Sequence
@@ -213,6 +213,8 @@ class FeatureDecoder(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_decoder_layers))
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
+        self.condition_projs = nn.ModuleList(nn.Linear(width, size) for size in config.condition_dims)
+        self.condition_pool = None if config.pooled_condition_dim is None else AttentionPool(config)
 
     def forward(self, tokens: torch.Tensor, policy: torch.Tensor) -> torch.Tensor:
         """
@@ -229,6 +231,27 @@ class FeatureDecoder(nn.Module):
         for layer in self.layers:
             hidden = layer(hidden, context, None, policy.unsqueeze(1).to(context.dtype))
         return self.task_layer(self.norm(hidden))
+
+
+class AttentionPool(nn.Module):
+    """The mean of the features of an image, with a place of its own, asks them and itself, as in CLIP's ResNets."""
+
+    def __init__(self, config: VWLMMVisualTokenizerConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.pos_embed = nn.Parameter(torch.zeros(config.num_patches + 1, config.hidden_size))
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(config.hidden_size, config.hidden_size) for _ in range(3))
+        self.out_proj = nn.Linear(config.hidden_size, config.pooled_condition_dim)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Of features `[I, N, C]` one for each image, `[I, pooled]`."""
+        features = torch.cat([features.mean(dim=1, keepdim=True), features], dim=1) + self.pos_embed  # [I, N + 1, C]
+        q, k, v = (
+            proj(states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for proj, states in ((self.q_proj, features[:, :1]), (self.k_proj, features), (self.v_proj, features))
+        )  # [I, heads, 1 or N + 1, C / heads]
+        pooled = F.scaled_dot_product_attention(q, k, v)  # [I, heads, 1, C / heads]
+        return self.out_proj(pooled.transpose(1, 2).flatten(1))
 
 
 class VWLMMVisualTokenizer(PreTrainedModel):
@@ -423,8 +446,28 @@ class VWLMMVisualTokenizer(PreTrainedModel):
         lengths = torch.tensor([[len(ids)] for ids in code_ids], device=tokens.device)  # [I, 1]
         if not tokens.shape[1]:
             tokens = tokens.new_zeros(len(code_ids), 1, tokens.shape[2])
-        policy = torch.arange(tokens.shape[1], device=tokens.device) < lengths  # [I, M]
+        policy = (torch.arange(tokens.shape[1], device=tokens.device) < lengths).to(tokens)  # [I, M]
         return self.decoder(tokens, policy)
+
+    @torch.no_grad()
+    def get_conditions(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        What the diffusion model of the authors reads in place of a text.
+
+        Args:
+            features (`torch.Tensor` of shape `[I, N, C]`): What [`decode`] has rebuilt.
+
+        Returns:
+            `prompt_embeds`, `[I, N, sum of condition_dims]`, and `pooled_prompt_embeds`, `[I, pooled_condition_dim]`,
+            if there are some.
+
+        Raises:
+            ValueError: If the decoder was not trained for a diffusion model.
+        """
+        if self.decoder is None or not len(self.decoder.condition_projs):
+            raise ValueError("This decoder makes features, and no conditions of a diffusion model (`condition_dims`).")
+        prompt = torch.cat([proj(features) for proj in self.decoder.condition_projs], dim=-1)
+        return prompt, None if self.decoder.condition_pool is None else self.decoder.condition_pool(features)
 
     @can_return_tuple
     def forward(
@@ -449,7 +492,8 @@ class VWLMMVisualTokenizer(PreTrainedModel):
             patch_features (`torch.Tensor` of shape `[I, N, C]`, *optional*): What the tower made of the images.
             quantize (`bool`, *optional*, defaults to `True`): Whether the decoder reads codes, or what would become
                 them.
-            num_items_in_batch (`int`, *optional*): Images of the whole optimiser step, to divide by.
+            num_items_in_batch (`int`, *optional*): Images of the whole optimiser step, to divide by. The commitment
+                is then divided by `keep_rate * N` tokens of each, however many there are.
 
         Returns:
             [`VWLMMVisualTokenizerOutput`], or a tuple with `return_dict=False`.
@@ -487,11 +531,12 @@ class VWLMMVisualTokenizer(PreTrainedModel):
             if self.training:
                 self.quantizer.note(tokens[keep_mask], all_ids[keep_mask])
             code_ids, quantized = all_ids[keep_mask], codes[keep_mask]
-            # By image, so that any cut of a step into batches has the same sum.
-            distances = (tokens - codes).square().mean(dim=-1) * keep_mask  # [I, N]
-            commitment = (distances.sum(dim=1) / keep_mask.sum(dim=1).clamp_min(1)).sum() / num_images
+            distances = (tokens - codes).square().mean(dim=-1)[keep_mask]  # [kept]
+            # Of a whole step the tokens are not known, but how many there should be: any cut of it has the same sum.
+            aim = config.keep_rate * keep_mask.shape[1]
+            commitment = distances.sum() / (len(distances) or 1 if num_items_in_batch is None else num_images * aim)
             tokens = tokens + (codes - tokens).detach()
-        decoder_policy = policy if config.decoder_selects else keep_mask
+        decoder_policy = policy if config.decoder_selects else policy.detach()
         reconstruction = self.decoder(tokens, decoder_policy)  # [I, N, C]
         cosine = F.cosine_similarity(reconstruction.float(), patch_features.float(), dim=-1)  # [I, N]
         reconstruction_loss = (1 - cosine).mean(dim=1).sum() / num_images
@@ -511,8 +556,8 @@ class VWLMMVisualTokenizer(PreTrainedModel):
     def _check_keep_mask(self, keep_mask: torch.Tensor, patch_features: torch.Tensor) -> None:
         if keep_mask.shape != patch_features.shape[:2]:
             raise ValueError(
-                f"`keep_mask` has shape {tuple(keep_mask.shape)}; expected {tuple(patch_features.shape[:2])}, one value "
-                "for each patch of each image."
+                f"`keep_mask` has shape {tuple(keep_mask.shape)}; expected {tuple(patch_features.shape[:2])}, one "
+                "value for each patch of each image."
             )
 
 

@@ -8,7 +8,7 @@ import os
 import re
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -34,6 +34,11 @@ else:
 
 
 IMAGE_TOKEN = "<image>"
+# What stands around an image that a visual tokenizer has read, and what its codes begin with.
+IMAGE_START_TOKEN, IMAGE_END_TOKEN = "<|image_start|>", "<|image_end|>"
+IMAGE_CODE_PREFIX = "<|image_code_"
+# A row of the LLM's embeddings that no token has a name for.
+UNUSED_PREFIX = "<|unused_"
 # What opens a template that writes BOS itself.
 WRITES_BOS = re.compile(r"\A\s*\{\{-?\s*bos_token\s*-?\}\}")
 ESCAPED = re.compile(r"\\u([0-9a-fA-F]{4})")
@@ -86,12 +91,22 @@ def load_image_processor(
     return config, LlavaImageProcessor(**settings)
 
 
-def load_tokenizer(text: str | os.PathLike | PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:
+def make_clip_image_processor(image_size: int) -> LlavaImageProcessor:
+    """LLaVA's image processor with CLIP's mean and deviation, which makes squares of whole images without a border."""
+    size = {"height": image_size, "width": image_size}
+    return LlavaImageProcessor(do_pad=False, do_center_crop=False, size=size, crop_size=size)
+
+
+def load_tokenizer(
+    text: str | os.PathLike | PreTrainedTokenizerBase, num_codes: int = 0, num_text_tokens: int | None = None
+) -> PreTrainedTokenizerFast:
     """
     The LLM's tokenizer, tokenizing exactly as the original, with `<image>` as a special token and a pad token.
 
     Args:
         text (`str`, `os.PathLike` or `PreTrainedTokenizerBase`): The LLM: name or path, or its tokenizer.
+        num_codes (`int`, *optional*): Codes of a visual tokenizer: then it and `[IMG]` and `[/IMG]` have tokens, too.
+        num_text_tokens (`int`, *optional*): Id of `[IMG]`, by default the first free one.
 
     Returns:
         `PreTrainedTokenizerFast`, a new one: a tokenizer that was passed is not changed.
@@ -122,7 +137,19 @@ def load_tokenizer(text: str | os.PathLike | PreTrainedTokenizerBase) -> PreTrai
     if isinstance(tokenizer, LlamaTokenizer) and str(getattr(tokenizer, "vocab_file", None)).endswith(".model"):
         _tokenize_like_sentencepiece(backend, tokenizer)
     remove_marks(backend)
-    backend.add_special_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)])
+    names = []
+    if num_codes:
+        num_known = backend.get_vocab_size()
+        if num_text_tokens is not None and num_text_tokens < num_known:
+            raise ValueError(
+                f"The LLM's tokenizer has {num_known} tokens, and [IMG] the id {num_text_tokens}. Is this the tokenizer "
+                "of another LLM?"
+            )
+        # Nothing stands in front of a prompt, no BOS either.
+        backend.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B:1", special_tokens=[])
+        names += [f"{UNUSED_PREFIX}{index}|>" for index in range(num_known, num_text_tokens or num_known)]
+        names += [IMAGE_START_TOKEN, IMAGE_END_TOKEN, *(f"{IMAGE_CODE_PREFIX}{code}|>" for code in range(num_codes))]
+    backend.add_special_tokens([AddedToken(n, normalized=False, special=True) for n in [*names, IMAGE_TOKEN]])
 
     # The generic class saves the backend to `tokenizer.json` and loads it back verbatim.
     return PreTrainedTokenizerFast(

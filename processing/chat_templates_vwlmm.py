@@ -1,12 +1,12 @@
 # Copyright 2026 The VW-LMM authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-The prompts of the paper's four stages as Jinja chat templates.
+The prompts of the paper's four stages, and LaVIT's, as Jinja chat templates.
 
-Rules that all three share:
+Rules that all share:
 
 - An image part of a user message becomes the placeholder `<image>`, with a newline behind it when more of the message
-  follows.
+  follows (not LaVIT's).
 - The characters of a control token inside a message, such as `<image>` or `</s>`, are text. They are written with a
   mark behind the first, so that neither the processor nor the tokenizer takes them for the token; the tokenizer
   removes the mark again. `VWLMMProcessor.apply_chat_template` does so for any template. These do it, too, for who
@@ -134,7 +134,30 @@ _PLAIN = r"""
 {%- endif -%}
 """
 
+# LaVIT's prompts: images and texts in the order of the parts. A question has its frame, a caption has none.
+_LAVIT = r"""
+{%- for message in turns -%}
+    {%- set content = message['content'] -%}
+    {%- set parts = [{'type': 'text', 'text': content}] if content is string else content -%}
+    {%- if message['role'] == 'user' -%}
+        {%- for part in parts -%}
+            {%- if part['type'] == 'image' -%}
+                {{- '<image>' -}}
+            {%- else -%}
+                {{- 'Question: ' ~ content_of({'role': 'user', 'content': [part]}) ~ ' Answer:' -}}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- else -%}
+        {%- set asked = turns[loop.index0 - 1]['content'] -%}
+        {%- set is_answer = asked is string or asked | selectattr('type', 'equalto', 'text') | list -%}
+        {%- generation -%}
+            {{- (' ' if is_answer else '') ~ content_of(message) ~ eos_token -}}
+        {%- endgeneration -%}
+    {%- endif -%}
+{%- endfor -%}
+"""
+
 CHAT_TEMPLATES = {
     name: (_CONTENT + template).strip()
-    for name, template in {"vicuna_v1": _VICUNA_V1, "mistral": _MISTRAL, "plain": _PLAIN}.items()
+    for name, template in {"vicuna_v1": _VICUNA_V1, "mistral": _MISTRAL, "plain": _PLAIN, "lavit": _LAVIT}.items()
 }

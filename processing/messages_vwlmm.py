@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from .building_vwlmm import IMAGE_CODE_PREFIX
 from .chat_templates_vwlmm import LITERAL_MARK, NORMALIZED_LITERAL_MARK
 
 
@@ -138,7 +139,10 @@ def get_hidden_control_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, s
     """
     named = getattr(tokenizer, "chat_control_tokens", None) or ()
     tokens = [t for t in tokenizer.added_tokens_decoder.values() if t.special or t.content in named]
-    return {
+    # Thousands of codes, which have one beginning.
+    num_tokens, tokens = len(tokens), [t for t in tokens if not t.content.startswith(IMAGE_CODE_PREFIX)]
+    hidden = {} if len(tokens) == num_tokens else {IMAGE_CODE_PREFIX: f"<{LITERAL_MARK}{IMAGE_CODE_PREFIX[1:]}"}
+    return hidden | {
         token.content: token.content[0]
         + (NORMALIZED_LITERAL_MARK if token.normalized else LITERAL_MARK)
         + token.content[1:]

@@ -18,6 +18,7 @@ from transformers import (
     BatchEncoding,
     BatchFeature,
     LlavaProcessor,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -28,10 +29,13 @@ from transformers.utils.chat_template_utils import _get_template_variables
 from transformers.video_utils import VideoInput
 
 from .building_vwlmm import (
+    IMAGE_END_TOKEN,
+    IMAGE_START_TOKEN,
     IMAGE_TOKEN,
     count_extra_tokens,
     load_image_processor,
     load_tokenizer,
+    make_clip_image_processor,
     make_llava_processor,
     remove_marks,
 )
@@ -71,6 +75,9 @@ class VWLMMProcessor(LlavaProcessor):
         chat_template: str | None = None,
         image_token: str = IMAGE_TOKEN,
         num_additional_image_tokens: int = 0,
+        image_start_token: str = "",
+        image_end_token: str = "",
+        num_image_tokens: int | None = None,
         **kwargs: Any,
     ) -> None:
         remove_marks(tokenizer.backend_tokenizer)  # of a folder that was saved before, or made by hand
@@ -84,6 +91,19 @@ class VWLMMProcessor(LlavaProcessor):
             num_additional_image_tokens=num_additional_image_tokens,
             **kwargs,
         )
+        self.image_start_token, self.image_end_token = image_start_token, image_end_token
+        self.num_image_tokens = num_image_tokens
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
+        """
+        See `LlavaProcessor.replace_image_token`. With a visual tokenizer `[IMG]` and `[/IMG]` stand around the
+        placeholders of an image, of which there are `num_image_tokens` where it keeps a fixed number.
+        """
+        if self.num_image_tokens is None:
+            placeholders = super().replace_image_token(image_inputs, image_idx, **kwargs)
+        else:
+            placeholders = self.image_token * self.num_image_tokens
+        return self.image_start_token + placeholders + self.image_end_token
 
     @classmethod
     def from_vision_text_pretrained(
@@ -130,6 +150,50 @@ class VWLMMProcessor(LlavaProcessor):
             vision_feature_select_strategy="default" if num_extra_tokens else "full",
             num_additional_image_tokens=num_extra_tokens,
             image_token=IMAGE_TOKEN,
+        )
+        processor.chat_template = processor.get_chat_template(chat_template)
+        return processor
+
+    @classmethod
+    def from_visual_tokenizer(
+        cls,
+        config: PreTrainedConfig,
+        text: str | os.PathLike | PreTrainedTokenizerBase,
+        image_processor: BaseImageProcessor | None = None,
+        num_text_tokens: int | None = None,
+        chat_template: str = "lavit",
+    ) -> "VWLMMProcessor":
+        """
+        Makes the processor of a model with a visual tokenizer: behind the tokens of the LLM stand `[IMG]`, `[/IMG]`,
+        the codes and the image placeholder.
+
+        Args:
+            config ([`VWLMMVisualTokenizerConfig`]): Of the tokenizer.
+            text (`str`, `os.PathLike` or `PreTrainedTokenizerBase`): Name or path of the LLM, or its tokenizer.
+            image_processor (`BaseImageProcessor`, *optional*): By default CLIP's, for the size of the tower: images are
+                resized to it as a whole, as LaVIT's authors do.
+            num_text_tokens (`int`, *optional*): Id of `[IMG]`, by default the number of the LLM's tokens.
+            chat_template (`str`, *optional*, defaults to `"lavit"`): See [`~VWLMMProcessor.get_chat_template`].
+
+        Returns:
+            [`VWLMMProcessor`]
+
+        Raises:
+            ValueError: If there are more tokens than ids below `num_text_tokens`.
+        """
+        tokenizer = load_tokenizer(text, num_codes=config.num_codes, num_text_tokens=num_text_tokens)
+        vision = config.vision_config
+        has_class_token = config.vision_feature_select_strategy == "default"
+        processor = cls(
+            image_processor=image_processor or make_clip_image_processor(vision.image_size),
+            tokenizer=tokenizer,
+            patch_size=vision.patch_size,
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
+            num_additional_image_tokens=int(has_class_token),
+            image_token=IMAGE_TOKEN,
+            image_start_token=IMAGE_START_TOKEN,
+            image_end_token=IMAGE_END_TOKEN,
+            num_image_tokens=round(config.keep_rate * config.num_patches) if config.selection == "top_k" else None,
         )
         processor.chat_template = processor.get_chat_template(chat_template)
         return processor

@@ -1,0 +1,165 @@
+# Copyright 2026 The VW-LMM authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Image tokens that an adapter drops. An image stays `N` placeholders, of which the decoder reads those that are kept:
+what it returns is what it returns for a prompt without the others.
+
+Shapes: `B` batch, `L` sequence length, `L'` most positions that a row keeps, `I` images, `N` image tokens of one
+image, `D` hidden size of the decoder.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, PreTrainedConfig
+
+from .placeholders_vwlmm import find_placeholders
+
+
+def find_kept_positions(
+    keep_mask: torch.Tensor, is_image: torch.Tensor, image_positions: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    Which positions of a batch are kept: all but the placeholders of dropped image tokens.
+
+    Args:
+        keep_mask (`torch.BoolTensor` of shape `[I, N]`): Which image tokens are kept.
+        is_image (`torch.BoolTensor` of shape `[B, L]`): Where the placeholders are.
+        image_positions (`torch.LongTensor` of shape `[I * N]`, *optional*): The same, counted through the rows.
+
+    Returns:
+        `torch.BoolTensor` of shape `[B, L]`.
+    """
+    kept = keep_mask.flatten().to(is_image.device)  # [I * N]
+    everywhere = torch.ones_like(is_image)
+    if image_positions is not None:
+        return everywhere.flatten().index_copy(0, image_positions.to(is_image.device), kept).view_as(is_image)
+    return everywhere.masked_scatter(is_image, kept)
+
+
+def count_positions(is_kept: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    Positions that count what is kept, `[B, L]`: from 0 in every row, or where `position_ids` start again, as those of
+    packed samples do.
+    """
+    before = is_kept.long().cumsum(dim=1) - is_kept.long()  # [B, L]
+    if position_ids is None:
+        return before
+    starts = torch.zeros_like(before)
+    starts[:, 1:] = (position_ids.diff(dim=1) <= 0) * before[:, 1:]
+    return before - starts.cummax(dim=1).values
+
+
+def check_attention_reaches_all(config: PreTrainedConfig) -> None:
+    """
+    Raises `ValueError` for a decoder whose layers see a window of slots, or carry a state through them: they would
+    count those of dropped placeholders.
+    """
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    if layer_types - {"full_attention"} or (not layer_types and getattr(config, "sliding_window", None)):
+        raise ValueError(
+            f"This decoder ({config.model_type}) does not see all positions from all of its layers, so that dropped "
+            "image tokens cannot be masked while there is a cache. Keep a fixed number of them, with "
+            '`selection="top_k"` of the visual tokenizer, or call with `use_cache=False`.'
+        )
+
+
+def run_decoder(
+    decoder: nn.Module,
+    inputs_embeds: torch.Tensor,
+    is_kept: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    past_key_values: Cache | None,
+    use_cache: bool | None = None,
+    **kwargs: Any,
+) -> Mapping[str, Any]:
+    """
+    Runs a decoder over what is kept. Behind a dropped position stands the output of the last one that is kept, so that
+    what comes next is predicted from there.
+
+    Where nothing is cached, which is so in training, dropped positions are cut away and cost nothing. Else they keep
+    their slots, and are masked.
+
+    Args:
+        decoder (`nn.Module`): The decoder.
+        inputs_embeds (`torch.Tensor` of shape `[B, L, D]`): What it reads.
+        is_kept (`torch.BoolTensor` of shape `[B, L]`, *optional*): The positions that are kept, if not all are.
+        attention_mask (`torch.Tensor` of shape `[B, L]`, *optional*): 0 where a position is padding.
+        position_ids (`torch.LongTensor` of shape `[B, L]`, *optional*): Of packed samples, else they are not used.
+        past_key_values, use_cache, kwargs: As the decoder takes them.
+
+    Raises:
+        ValueError: If dropped positions cannot be masked, or the mask is none of padding.
+    """
+    arguments = {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
+    if use_cache is not None:
+        arguments["use_cache"] = use_cache
+    if is_kept is None:
+        return decoder(inputs_embeds=inputs_embeds, **arguments, **kwargs)
+    if attention_mask is not None:
+        if getattr(attention_mask, "shape", None) != is_kept.shape:
+            raise ValueError(
+                f"`attention_mask` is of another shape than {tuple(is_kept.shape)}, that of the tokens. Where image "
+                "tokens are dropped it has to say what is padding, `[B, L]`, and nothing can stand in a cache yet."
+            )
+        is_kept = is_kept & attention_mask.bool()
+    positions = count_positions(is_kept, position_ids)  # [B, L]
+    caches = use_cache or (use_cache is None and not decoder.training)
+    if caches:
+        check_attention_reaches_all(decoder.config)
+        arguments |= {"attention_mask": is_kept.long(), "position_ids": positions}
+    else:
+        inputs_embeds, positions = _cut(inputs_embeds, is_kept, positions)  # [B, L', D], [B, L']
+        # What fills a row up stands behind it, where nothing sees it.
+        arguments |= {"attention_mask": None, "use_cache": False}
+        arguments["position_ids"] = None if position_ids is None else positions
+    outputs = decoder(inputs_embeds=inputs_embeds, **arguments, **kwargs)
+    slots = torch.arange(is_kept.shape[1], device=is_kept.device) if caches else is_kept.long().cumsum(dim=1) - 1
+    last_kept = (slots * is_kept).cummax(dim=1).values.unsqueeze(-1)  # [B, L, 1]
+
+    def spread(hidden: torch.Tensor) -> torch.Tensor:
+        return hidden.gather(1, last_kept.to(hidden.device).expand(-1, -1, hidden.shape[-1]))  # [B, L, D]
+
+    outputs.last_hidden_state = spread(outputs.last_hidden_state)
+    if outputs.hidden_states is not None:
+        outputs.hidden_states = tuple(spread(hidden) for hidden in outputs.hidden_states)
+    return outputs
+
+
+def _cut(
+    inputs_embeds: torch.Tensor, is_kept: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is kept, moved to the left, and its positions; 0 where a row is filled up, like the start of a sample."""
+    lengths = is_kept.sum(dim=1)  # [B]
+    longest = max(int(lengths.max()), 1)
+    order = (~is_kept).long().argsort(dim=1, stable=True)[:, :longest]  # [B, L']
+    is_filling = torch.arange(longest, device=order.device) >= lengths.unsqueeze(1)  # [B, L']
+    index = order.to(inputs_embeds.device).unsqueeze(-1).expand(-1, -1, inputs_embeds.shape[2])  # [B, L', D]
+    return inputs_embeds.gather(1, index), positions.gather(1, order).masked_fill(is_filling, 0)
+
+
+class GeneratesFromKeptTokens:
+    """A model whose adapter may drop image tokens: while it generates, their slots are masked."""
+
+    def _maybe_prepare_encoder_kwargs_for_generation(
+        self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any], *args: Any
+    ) -> dict[str, Any]:
+        # Private: the one place behind the images and before prompts are repeated for beams. Every later step extends
+        # mask and positions by itself.
+        model_kwargs = super()._maybe_prepare_encoder_kwargs_for_generation(inputs_tensor, model_kwargs, *args)
+        images = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
+        keep_mask = None if images is None else images.get("keep_mask")
+        if keep_mask is None:
+            return model_kwargs
+        check_attention_reaches_all(self.config.text_config)
+        input_ids = inputs_tensor if inputs_tensor.ndim == 2 else model_kwargs.get("input_ids")
+        embeds = inputs_tensor if inputs_tensor.ndim == 3 else model_kwargs.get("inputs_embeds")
+        is_image = find_placeholders(embeds, input_ids, self.get_input_embeddings(), self.config)  # [B, L]
+        is_kept = find_kept_positions(keep_mask, is_image)  # [B, L]
+        if model_kwargs.get("attention_mask") is not None:  # which `generate` leaves out where nothing is padding
+            is_kept = is_kept & model_kwargs["attention_mask"].bool()
+        images["keep_mask"] = None  # what it says is in the mask from here on
+        return model_kwargs | {"attention_mask": is_kept.long(), "position_ids": count_positions(is_kept)}
