@@ -199,6 +199,12 @@ class VWLMMConfig(LlavaConfig):
             if self.code_offset is None:
                 self.code_offset = self.text_config.vocab_size - tokenizer.num_codes
                 self.image_start_token_id, self.image_end_token_id = self.code_offset - 2, self.code_offset - 1
+            for name in ("vision_feature_layer", "vision_feature_select_strategy"):
+                if getattr(tokenizer, name) != getattr(self, name):
+                    raise ValueError(
+                        f"The visual tokenizer reads {name}={getattr(tokenizer, name)!r} of its tower, and the model "
+                        f"{getattr(self, name)!r}; expected the same, for they share the tower."
+                    )
             if not 2 <= self.code_offset <= self.text_config.vocab_size - tokenizer.num_codes:
                 raise ValueError(
                     f"The codebook has {tokenizer.num_codes} codes from id {self.code_offset} on, and the decoder "

@@ -84,9 +84,7 @@ UNUSED = ("head.",)
 HEAD_SIZES = (88, 64, 16)
 
 
-def convert_lavit_checkpoint(
-    source: str | Path, output: str | Path, num_attention_heads: int | None = None
-) -> None:
+def convert_lavit_checkpoint(source: str | Path, output: str | Path, num_attention_heads: int | None = None) -> None:
     """
     Converts a checkpoint in the format of LaVIT's authors. Weights of the decoder pass file by file: memory for the
     visual parts and the largest of these files is enough.

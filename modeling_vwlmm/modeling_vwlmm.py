@@ -123,6 +123,12 @@ class VWLMMModel(FrozenVisionTower, WithVisualWords, LlavaModel):
             **self.adapt(patch_features, num_patches, keep_mask),
         )
 
+    def select_tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Which image tokens the visual tokenizer keeps of images `[I, 3, H, W]`: `torch.BoolTensor`, `[I, N]`."""
+        with torch.no_grad():
+            patch_features, _ = run_vision_tower(self.vision_tower, self.config, pixel_values.to(self.dtype))
+            return self.visual_tokenizer.select_patches(patch_features)
+
     def get_patch_feature_size(self) -> int:
         """Width `W` of the patch features that the adapter reads."""
         layers = self.config.vision_feature_layer

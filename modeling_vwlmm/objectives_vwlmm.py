@@ -82,7 +82,7 @@ class ObjectiveInputs:
         `input_ids`, `[B, L]`, and where there are some `labels`, `attention_mask`, `position_ids`, and the columns
         that objectives ask for.
     hidden_states (`torch.Tensor` of shape `[B, L, D]`):
-        Output `h` of the decoder.
+        Output `h` of the decoder. Behind a dropped image token stands that of the last one that is kept.
     layers (`Sequence[torch.Tensor]`, *optional*):
         Outputs of all layers, `[B, L, D]` each, if an objective asks for one.
     images ([`VWLMMImageFeaturesOutput`], *optional*):
@@ -117,6 +117,7 @@ class ObjectiveInputs:
     def at_image_tokens(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Of what there is one row of for each image token, `[I * N, ...]`, the rows of `positions`: `[K, ...]`."""
         indices = torch.searchsorted(self.supervised_positions["image_tokens"], positions)  # [K]
+        indices = indices.clamp(max=max(len(rows) - 1, 0))  # of a position that is no image token, whatever
         return rows[indices.to(rows.device)].to(self.hidden_states.device)
 
     def image_features_at(self, positions: torch.Tensor) -> torch.Tensor:
@@ -138,6 +139,8 @@ class Objective:
     beside_language: ClassVar[bool] = True
     # What it reads of a batch beside token ids, labels and images: arguments of `forward`, and columns of a dataset.
     columns: ClassVar[tuple[str, ...]] = ()
+    # Whether its loss and the text's are one mean over the positions of both, and not a mean each.
+    counts_with_text: bool = False
     # Layers of the decoder whose outputs it reads, as indices of `hidden_states`.
     layers: tuple[int, ...] = ()
 
@@ -402,9 +405,60 @@ class Features(VisualWords):
         return Term(losses.sum(), len(positions), {"features_cosine": cosines.detach().sum()})
 
 
+class Codes(VisualWords):
+    """
+    Cross-entropy with the code of the next image token, which the frozen visual tokenizer makes of the image (LaVIT,
+    equation 5), and with `[/IMG]` behind the last: how many tokens an image has is part of what is learned.
+
+    Args:
+        learns_end (`bool`, *optional*, defaults to `True`): Whether what stands behind an image is learned, too. Where
+            no `[/IMG]` does, that is the next token of the text, which the language loss has already.
+        normalization (`str`, *optional*, defaults to `"apart"`): `"apart"`, each loss is a mean over its own positions,
+            or `"together"`, one mean over those of text and codes, as LaVIT has it.
+
+    Raises:
+        ValueError: If `normalization` is neither.
+    """
+
+    name = "codes"
+
+    def __init__(self, learns_end: bool = True, normalization: str = "apart") -> None:
+        if normalization not in ("apart", "together"):
+            raise ValueError(f"`normalization` of `codes` is {normalization!r}; expected 'apart' or 'together'.")
+        self.learns_end, self.counts_with_text = learns_end, normalization == "together"
+
+    def positions(self, batch: Mapping[str, Any], image_token_id: int) -> torch.Tensor:
+        is_supervised = super().positions(batch, image_token_id)  # [B, L]
+        if self.learns_end:
+            is_image = batch["input_ids"] == image_token_id
+            is_supervised[:, 1:] |= is_image[:, :-1] & ~is_image[:, 1:]
+        return is_supervised
+
+    def predict(self, inputs: ObjectiveInputs) -> HeadRows:
+        config, tokenizer = inputs.model.config, inputs.model.model.visual_tokenizer
+        if tokenizer is None:
+            raise ValueError(
+                "The objective `codes` learns the codes of a visual tokenizer, and the model has none: make it with "
+                "`from_vision_text_pretrained(..., visual_tokenizer=...)`."
+            )
+        positions = inputs.positions_of(self)  # [K]
+        targets = inputs.batch["input_ids"].flatten()[positions.to(inputs.batch["input_ids"].device)]  # [K]
+        targets = targets.to(inputs.hidden_states.device)
+        if inputs.images is not None:
+            features, keep_mask = inputs.images["patch_features"], inputs.images["keep_mask"]  # [I, N, W], [I, N]
+            if keep_mask is None:
+                keep_mask = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
+            code_ids = tokenizer.encode(patch_features=features, keep_mask=keep_mask).code_ids  # [kept]
+            codes = torch.zeros_like(keep_mask, dtype=torch.long).masked_scatter(keep_mask, code_ids)  # [I, N]
+            is_image = targets == config.image_token_id  # [K]
+            codes = inputs.at_image_tokens(codes.flatten(), positions) + config.code_offset  # [K]
+            targets = torch.where(is_image, codes, targets)
+        return HeadRows(inputs.model.lm_head.weight, inputs.hidden_before(positions), targets)
+
+
 # Every objective that `visual_objective` may name. A class of your own joins by standing here.
 OBJECTIVES: dict[str, type[Objective]] = {
-    objective.name: objective for objective in (Language, VisualWords, VMHeadObjective, TokenLabels, Features)
+    objective.name: objective for objective in (Language, VisualWords, VMHeadObjective, TokenLabels, Features, Codes)
 }
 
 # A weight, or a mapping with `weight` and the options of the objective.
@@ -498,12 +552,12 @@ def find_supervised_positions(
         image_token_id (`int`): Id of the image placeholder.
     """
     is_image = batch["input_ids"] == image_token_id  # [B, L]
+    masks = {name: objective.positions(batch, image_token_id) for name, objective in objectives.items()}  # [B, L]
     num_columns = is_image.shape[1]
     if "language" not in objectives:
-        image_columns = is_image.any(dim=0).nonzero()  # [columns, 1]
-        num_columns = int(image_columns[-1]) + 1 if len(image_columns) else 1
-    batch = cut_columns(batch, num_columns)
-    masks = {name: objective.positions(batch, image_token_id) for name, objective in objectives.items()}  # [B, L]
+        columns = torch.stack([is_image, *masks.values()]).any(dim=0).any(dim=0).nonzero()  # [columns, 1]
+        num_columns = int(columns[-1]) + 1 if len(columns) else 1
+    masks = {name: mask[:, :num_columns] for name, mask in masks.items()}
     positions = {name: _where(mask) for name, mask in masks.items()}
     return {"by_objective": positions, "image_tokens": _where(is_image[:, :num_columns]), "num_columns": num_columns}
 
@@ -626,7 +680,7 @@ def compute_loss(
         inputs ([`ObjectiveInputs`]): What the objectives read.
         counts: The positions of the whole optimiser step by objective. Those of this batch where there is none.
     """
-    terms, scales, passes = {}, {}, []
+    terms, divisors, passes = {}, {}, []
     for name, objective in objectives.items():
         term = objective.predict(inputs)
         if isinstance(term, Term):
@@ -634,8 +688,11 @@ def compute_loss(
         else:
             _check_on_device(term, inputs.hidden_states)
             _join_pass(passes, name, term)
-        count = counts.get(name, term.count if isinstance(term, Term) else len(term.hidden))
-        scales[name] = weights[name] / at_least_one(count)
+        divisors[name] = counts.get(name, term.count if isinstance(term, Term) else len(term.hidden))
+    together = [name for name, objective in objectives.items() if name == "language" or objective.counts_with_text]
+    if any(objective.counts_with_text for objective in objectives.values()):
+        divisors |= dict.fromkeys(together, sum(divisors[name] for name in together))
+    scales = {name: weights[name] / at_least_one(divisors[name]) for name in objectives}
     losses = [scales[name] * term.total for name, term in terms.items()]
     term = None  # or its rows would be held during the pass
     while passes:

@@ -33,4 +33,5 @@ def encode_no_images(model: VWLMMModel, runs_tower: bool) -> VWLMMImageFeaturesO
         pooler_output=[features[:0] for features in images.pooler_output],
         image_features=[features[:0] for features in images.image_features],
         patch_features=images.patch_features[:0],
+        keep_mask=None if images.keep_mask is None else images.keep_mask[:0],
     )

@@ -31,9 +31,10 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from processing_vwlmm import VWLMMProcessor
 
+from ..adapters_vwlmm import drops_tokens
 from ..assembly import check_is_dense
 from ..modeling_vwlmm import VWLMMForConditionalGeneration
-from ..objectives_vwlmm import find_supervised_positions
+from ..objectives_vwlmm import find_supervised_positions, leave_out_dropped
 from ..outputs_vwlmm import VWLMMCausalLMOutputWithPast
 from ..placeholders_vwlmm import replace_placeholders
 from .arguments import VWLMMTrainingArguments
@@ -303,6 +304,10 @@ class VWLMMTrainer(SavesWholeCheckpoints, LoadsInOrder, SFTTrainer):
                 )
             if batch.pop("is_filler", False):
                 ignore_all_positions(batch)
+            if drops_tokens(self._config) and len(batch.get("pixel_values", ())):
+                # Before the step: its losses are means over the image tokens that are kept.
+                batch["keep_mask"] = self._base_model.model.select_tokens(batch["pixel_values"].to(device))
+                batch["supervised_positions"] = leave_out_dropped(batch["supervised_positions"], batch["keep_mask"])
             for name, positions in batch["supervised_positions"]["by_objective"].items():
                 counts[name] += len(positions)
         if self.accelerator.num_processes > 1:
