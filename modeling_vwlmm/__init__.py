@@ -14,13 +14,16 @@ from transformers import (
 
 from processing_vwlmm import VWLMMProcessor
 
-from .configuration_vwlmm import VWLMMConfig
+from .configuration_vwlmm import VWLMMConfig, VWLMMVisualTokenizerConfig
 from .loss_vwlmm import linear_kl_div
 from .modeling_vwlmm import VWLMMForConditionalGeneration, VWLMMModel
+from .visual_tokenizer_vwlmm import VWLMMVisualTokenizer
 
 
 AutoConfig.register(VWLMMConfig.model_type, VWLMMConfig)
 AutoModel.register(VWLMMConfig, VWLMMModel)
+AutoConfig.register(VWLMMVisualTokenizerConfig.model_type, VWLMMVisualTokenizerConfig)
+AutoModel.register(VWLMMVisualTokenizerConfig, VWLMMVisualTokenizer)
 AutoModelForImageTextToText.register(VWLMMConfig, VWLMMForConditionalGeneration)
 AutoModelForMultimodalLM.register(VWLMMConfig, VWLMMForConditionalGeneration)
 AutoProcessor.register(VWLMMConfig, VWLMMProcessor)
@@ -29,6 +32,7 @@ AutoProcessor.register(VWLMMConfig, VWLMMProcessor)
 _LAZY = {
     "VWLMMTrainer": ".training",
     "VWLMMTrainingArguments": ".training",
+    "convert_lavit_checkpoint": ".conversion_lavit",
     "convert_official_checkpoint": ".conversion",
 }
 
@@ -39,4 +43,12 @@ def __getattr__(name: str) -> object:
     return getattr(import_module(_LAZY[name], __name__), name)
 
 
-__all__ = ["VWLMMConfig", "VWLMMForConditionalGeneration", "VWLMMModel", "linear_kl_div", *_LAZY]
+__all__ = [
+    "VWLMMConfig",
+    "VWLMMForConditionalGeneration",
+    "VWLMMModel",
+    "VWLMMVisualTokenizer",
+    "VWLMMVisualTokenizerConfig",
+    "linear_kl_div",
+    *_LAZY,
+]

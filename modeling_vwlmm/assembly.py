@@ -35,6 +35,7 @@ from .adapters_vwlmm import make_adapter
 from .configuration_vwlmm import VWLMMConfig
 from .modeling_vwlmm import VWLMMForConditionalGeneration
 from .placeholders_vwlmm import has_embedding
+from .visual_tokenizer_vwlmm import VWLMMVisualTokenizer
 from .visual_words_vwlmm import VMHead
 
 
@@ -100,6 +101,76 @@ def from_vision_text_pretrained(
     config.setdefault("image_seq_length", num_patches + keeps_class_token)
     config = cls.config_class(vision_config=vision.config, text_config=text.config, **config)
     return _assemble(cls, config, vision, decoder, lm_head, generation_config=text.generation_config)
+
+
+def from_visual_tokenizer(
+    cls: type[VWLMMForConditionalGeneration],
+    visual_tokenizer: str | VWLMMVisualTokenizer,
+    text: str | PreTrainedModel,
+    **config: Any,
+) -> VWLMMForConditionalGeneration:
+    """
+    The model that LaVIT's stage 2 starts from: a trained visual tokenizer with its tower, an LLM with rows for `[IMG]`,
+    `[/IMG]` and the codes, and an adapter: by default the reader's token merger, which begins as that of the tokenizer.
+
+    The new rows are the mean of the LLM's, with little noise: what a new token means nobody knows yet.
+
+    Args:
+        cls (`type`): Class of the model.
+        visual_tokenizer (`str` or [`VWLMMVisualTokenizer`]): The tokenizer: name, path or module. It is frozen.
+        text (`str` or `PreTrainedModel`): Decoder-only LLM with its head: name, path or module. It is changed.
+        config: Fields of [`VWLMMConfig`], such as `adapter="mlp"`, and `dtype` for what is loaded here.
+
+    Returns:
+        [`VWLMMForConditionalGeneration`]
+
+    Raises:
+        ValueError: For the reasons of [`from_vision_text_pretrained`], or if the tokenizer has no threshold yet.
+    """
+    dtype = config.pop("dtype", "auto")
+    if not isinstance(visual_tokenizer, PreTrainedModel):
+        visual_tokenizer = VWLMMVisualTokenizer.from_pretrained(visual_tokenizer, dtype=dtype)
+    if not isinstance(text, PreTrainedModel):
+        text = AutoModelForCausalLM.from_pretrained(text, dtype=dtype)
+    tokenizer_config = copy.deepcopy(visual_tokenizer.config)
+    if tokenizer_config.selection == "threshold" and tokenizer_config.threshold is None:
+        raise ValueError(
+            "The visual tokenizer keeps patches by a threshold, and has none: training finds it at its end. Train it, "
+            "or set `config.selection` to 'sample' or 'top_k'."
+        )
+    num_text_tokens = text.config.vocab_size
+    _add_rows(text, 2 + tokenizer_config.num_codes)
+    fixed = tokenizer_config.selection == "top_k"
+    num_kept = round(tokenizer_config.keep_rate * tokenizer_config.num_patches)
+    config = {"adapter": "token_merger", **config}
+    model = from_vision_text_pretrained(
+        cls,
+        visual_tokenizer.vision_tower,
+        text,
+        vision_feature_layer=tokenizer_config.vision_feature_layer,
+        vision_feature_select_strategy=tokenizer_config.vision_feature_select_strategy,
+        image_seq_length=num_kept if fixed and config["adapter"] == "token_merger" else tokenizer_config.num_patches,
+        visual_tokenizer_config=tokenizer_config,
+        image_start_token_id=num_text_tokens,
+        image_end_token_id=num_text_tokens + 1,
+        code_offset=num_text_tokens + 2,
+        **config,
+    )
+    parts = {n: t for n, t in visual_tokenizer.state_dict().items() if not n.startswith(("vision_tower.", "decoder."))}
+    model.model.visual_tokenizer.load_state_dict(parts, assign=True)
+    model.model.freeze_encoders()
+    if config["adapter"] == "token_merger":
+        model.model.multi_modal_projector.merger.load_state_dict(visual_tokenizer.merger.state_dict())
+    return model
+
+
+def _add_rows(text: PreTrainedModel, num_rows: int) -> None:
+    num_tokens = text.config.vocab_size
+    text.resize_token_embeddings(num_tokens + num_rows, mean_resizing=False)
+    with torch.no_grad():
+        for module in (text.get_input_embeddings(), text.get_output_embeddings()):
+            old, new = module.weight[:num_tokens], module.weight[num_tokens:]
+            new.copy_(old.mean(dim=0) + torch.randn_like(new) * old.std() / 100)
 
 
 def from_llava(
@@ -261,6 +332,8 @@ def _assemble(
     model.model.vm_head = vm_head.to(lm_head.weight.dtype)
     model.model.multi_modal_projector = adapter.to(lm_head.weight.dtype)
     model.lm_head = lm_head
+    if model.model.visual_tokenizer is not None:
+        model.model.visual_tokenizer.borrowed_tower = [vision_tower]
     model.tie_weights()
     model.generation_config = generation_config
     return model.eval()

@@ -160,7 +160,7 @@ class VWLMMConfig(LlavaConfig):
         use_pseudo_image_features (`bool`, *optional*, defaults to `False`):
             Whether the decoder reads pseudo image features (section 2.3 of the paper, equation 8) in place of image
             features.
-        trained_stages (`list[int]`, *optional*, defaults to `[]`):
+        trained_stages (`list[int | str]`, *optional*, defaults to `[]`):
             The training stages that have ended behind these weights, in order, with repeats. Written by
             [`VWLMMTrainer`].
         kwargs:
@@ -185,7 +185,7 @@ class VWLMMConfig(LlavaConfig):
     adapter: str = "mlp"
     adapter_config: dict | None = None
     use_pseudo_image_features: bool = False
-    trained_stages: list[int] | None = None
+    trained_stages: list[int | str] | None = None
     visual_tokenizer_config: dict | PreTrainedConfig | None = None
     image_start_token_id: int | None = None
     image_end_token_id: int | None = None

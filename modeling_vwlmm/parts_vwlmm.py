@@ -20,6 +20,13 @@ class MadeOfParts:
         return import_module("modeling_vwlmm.assembly").from_vision_text_pretrained(cls, vision, text, **config)
 
     @classmethod
+    def from_visual_tokenizer(
+        cls, visual_tokenizer: str | PreTrainedModel, text: str | PreTrainedModel, **config: Any
+    ) -> Any:
+        """The model that LaVIT's stage 2 starts from. See [`modeling_vwlmm.assembly.from_visual_tokenizer`]."""
+        return import_module("modeling_vwlmm.assembly").from_visual_tokenizer(cls, visual_tokenizer, text, **config)
+
+    @classmethod
     def from_llava(cls, name_or_path: str, **kwargs: Any) -> PreTrainedModel:
         """The model that stage III starts from with a LLaVA at hand. See [`modeling_vwlmm.assembly.from_llava`]."""
         return import_module("modeling_vwlmm.assembly").from_llava(cls, name_or_path, **kwargs)

@@ -44,6 +44,10 @@ class StageDefaultStr(StageDefault, str):
     """See [`StageDefault`]."""
 
 
+class StageDefaultDict(StageDefault, dict):
+    """See [`StageDefault`]."""
+
+
 @dataclass
 class VWLMMTrainingArguments(SFTConfig):
     """
@@ -73,6 +77,9 @@ class VWLMMTrainingArguments(SFTConfig):
         spike_threshold (`float`, *optional*, defaults to 20.0):
             A run stops before a step whose loss or gradient norm lies so many deviations above the median of the last
             100 steps, in logarithms (see `History`). At 0 only what is no finite number stops it.
+        random_mask_steps, continuous_steps (`float`, *optional*, defaults to 0.2 and 0.58):
+            Of LaVIT's stage 1: how many steps keep patches at random, and how many in all, these included, pass before
+            there is a codebook. Below 1 they are shares of all steps.
         ignore_data_changes (`bool`, *optional*, defaults to `False`):
             Whether a run goes on from a checkpoint that was made on other data, or in another order of them: without,
             it is refused.
@@ -99,8 +106,8 @@ class VWLMMTrainingArguments(SFTConfig):
     # Fields that the command line takes as JSON.
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "visual_objective"]
 
-    stage: int | None = field(default=None, metadata={"help": "Training stage, 1 to 4."})
-    method: str = field(default="vw-lmm", metadata={"help": "Whose stages they are: 'vw-lmm'."})
+    stage: int | None = field(default=None, metadata={"help": "Training stage, 1 to 4; of LaVIT 1 or 2."})
+    method: str = field(default="vw-lmm", metadata={"help": "Whose stages they are: 'vw-lmm' or 'lavit'."})
     trains: list[str] | None = field(
         default=None,
         metadata={
@@ -129,6 +136,15 @@ class VWLMMTrainingArguments(SFTConfig):
     ignore_data_changes: bool = field(
         default=False,
         metadata={"help": "Whether to resume from a checkpoint that was made on other data, or in another order."},
+    )
+
+    random_mask_steps: float = field(
+        default=0.2,
+        metadata={"help": "LaVIT, stage 1: steps that keep patches at random, or below 1 a share of all steps."},
+    )
+    continuous_steps: float = field(
+        default=0.58,
+        metadata={"help": "LaVIT, stage 1: steps before there is a codebook, or below 1 a share of all steps."},
     )
 
     learning_rate: float | None = field(
@@ -194,13 +210,20 @@ class VWLMMTrainingArguments(SFTConfig):
             raise ValueError(
                 f"`visual_loss_weight` is {self.visual_loss_weight}; expected a finite number that is not negative."
             )
+        if not 0 <= self.random_mask_steps <= self.continuous_steps:
+            raise ValueError(
+                f"`random_mask_steps` is {self.random_mask_steps} and `continuous_steps` {self.continuous_steps}; "
+                "expected numbers that are not negative, and the second no smaller than the first, which it includes."
+            )
         if not 0 <= self.spike_threshold < math.inf:
             raise ValueError(
                 f"`spike_threshold` is {self.spike_threshold}; expected a finite number that is not negative."
             )
         if self.visual_objective is None and stage.visual_objective is not None:
             is_dropped = stage.visual_objective == "visual_words" and self.visual_loss_weight == 0
-            self.visual_objective = None if is_dropped else StageDefaultStr(stage.visual_objective)
+            is_name = isinstance(stage.visual_objective, str)
+            default = StageDefaultStr(stage.visual_objective) if is_name else StageDefaultDict(stage.visual_objective)
+            self.visual_objective = None if is_dropped else default
         is_dropped = self.visual_objective is None and self.visual_loss_weight == 0
         if self.visual_loss_weight != 1 and not isinstance(self.visual_objective, str) and not is_dropped:
             raise ValueError(
@@ -215,6 +238,11 @@ class VWLMMTrainingArguments(SFTConfig):
             )
             self.visual_loss_weight = 1.0
         self.get_objectives()
+
+    @property
+    def trains_tokenizer(self) -> bool:
+        """Whether this stage trains a visual tokenizer, and no model with an LLM."""
+        return (self.method, self.stage) == ("lavit", 1)
 
     def get_objectives(self) -> tuple[dict[str, Objective], dict[str, float]]:
         """The objectives of this run with their weights, by name. See `parse_objectives`."""

@@ -13,7 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..configuration_vwlmm import VWLMMConfig
-from .stages import ADAPTER, DECODER, MM_HEAD, STAGES, VM_HEAD
+from .stages import ADAPTER, DECODER, METHODS, MM_HEAD, STAGES, VM_HEAD
 
 
 TASK = "image-text-to-text"
@@ -214,10 +214,14 @@ def is_hub_id(name: str) -> bool:
     return "/" in name and not os.path.exists(name)
 
 
-def describe_stage(number: int) -> tuple[str, str]:
-    """The name of a stage, and the modules that it trains."""
-    stage = STAGES[number]
-    return f"stage {ROMAN[number]} ({stage.name})", ", ".join(MODULES[module] for module in stage.trains)
+def describe_stage(record: int | str) -> tuple[str, str]:
+    """The name of a stage, as `trained_stages` has it, and the modules that it trains."""
+    if isinstance(record, str):
+        method, _, number = record.rpartition("-")
+        stage, name = METHODS[method][int(number)], f"{method} stage {number}"
+    else:
+        stage, name = STAGES[record], f"stage {ROMAN[record]}"
+    return f"{name} ({stage.name})", ", ".join(MODULES[module] for module in stage.trains)
 
 
 def read_training_procedure(card: ModelCard) -> str:

@@ -43,11 +43,11 @@ class Stage:
 
     name: str
     trains: tuple[str, ...]
-    visual_objective: str | None
+    visual_objective: str | dict | None
     builds_on: tuple[int, ...]
     global_batch_size: int
     learning_rate: float
-    chat_template: Literal["plain"] | None
+    chat_template: Literal["plain", "lavit"] | None
 
 
 STAGES = {
@@ -57,8 +57,21 @@ STAGES = {
     4: Stage("multi-modal auto-regression", (DECODER, MM_HEAD), "visual_words", (1, 2, 3), 128, 2e-5, None),
 }
 
+# LaVIT (arXiv 2309.04669, section 3.3). Stage 1 has a trainer of its own: it trains no model with an LLM. Stage 2 divides
+# the losses of text and codes by all positions of both (equation 5).
+TOGETHER = {"codes": {"normalization": "together"}}
+LAVIT_STAGES = {
+    1: Stage("visual tokenizer", (), None, (), 2048, 1e-4, None),
+    2: Stage("unified pre-training", (DECODER, MM_HEAD, ADAPTER), TOGETHER, (), 2048, 1e-4, "lavit"),
+}
+
 # The table of stages that `method` names.
-METHODS: dict[str, dict[int, Stage]] = {"vw-lmm": STAGES}
+METHODS: dict[str, dict[int, Stage]] = {"vw-lmm": STAGES, "lavit": LAVIT_STAGES}
+
+
+def record_name(method: str, stage: int) -> int | str:
+    """What `config.trained_stages` calls a stage: VW-LMM's by number, others with their method."""
+    return stage if method == "vw-lmm" else f"{method}-{stage}"
 
 
 def set_trainable_parameters(model: PreTrainedModel, modules: int | Sequence[str]) -> None:

@@ -60,7 +60,8 @@ from .means import PositionMeans
 from .model_card import TAGS, is_hub_id, make_model_card, read_training_procedure
 from .no_cache import NoCache
 from .saving import RunStateCallback, SavesWholeCheckpoints
-from .stages import METHODS, set_trainable_parameters
+from .stages import METHODS, record_name, set_trainable_parameters
+from .tokenizer_trainer import VisualTokenizerTrainer
 from .training_modules import attach_training_modules
 from .watching import History, Stopwatch, TrainingDiverged, measure_gradient_norms, measure_memory
 
@@ -120,6 +121,12 @@ class VWLMMTrainer(SavesWholeCheckpoints, LoadsInOrder, SFTTrainer):
     _paper = {"title": "Multi-modal Auto-regressive Modeling via Visual Words", "id": "2403.07720"}
     # Losses are divided by the positions of the whole optimiser step, so accumulation must not divide them again.
     loss_is_scaled_for_ga = True
+
+    def __new__(cls, model: Any = None, args: Any = None, *others: Any, **kwargs: Any) -> Any:
+        """A visual tokenizer has no LLM, and what trains one knows nothing of text."""
+        if cls is VWLMMTrainer and isinstance(args, VWLMMTrainingArguments) and args.trains_tokenizer:
+            return VisualTokenizerTrainer(model, args, *others, **kwargs)
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -279,7 +286,7 @@ class VWLMMTrainer(SavesWholeCheckpoints, LoadsInOrder, SFTTrainer):
         # Once a run, and not again where one is resumed from a checkpoint of its last step.
         stages, takes_steps = self._config.trained_stages, self.state.global_step > self._num_steps_taken
         if not self._has_recorded_stage and (takes_steps or stages[-1:] != [self.args.stage]):
-            self._config.trained_stages = [*stages, self.args.stage]
+            self._config.trained_stages = [*stages, record_name(self.args.method, self.args.stage)]
         self._has_recorded_stage = True
 
     def get_batch_samples(
@@ -563,13 +570,13 @@ def check_generation_markers(template: str | dict[str, str], name: str) -> None:
         )
 
 
-def warn_about_untrained_modules(trained_stages: list[int], args: VWLMMTrainingArguments) -> None:
+def warn_about_untrained_modules(trained_stages: list[int | str], args: VWLMMTrainingArguments) -> None:
     """Warns about modules that a stage relies on and that no stage has trained."""
     stages = METHODS[args.method]
     stage = stages[args.stage]
-    if args.stage == 3 and 3 not in trained_stages:
+    if args.method == "vw-lmm" and args.stage == 3 and 3 not in trained_stages:
         logger.warning("Stage 3: the VM head has never been trained. It starts from random weights, as in the paper.")
-    missing = [number for number in stage.builds_on if number not in trained_stages]
+    missing = [number for number in stage.builds_on if record_name(args.method, number) not in trained_stages]
     objectives, _ = args.get_objectives()
     if "visual_words" not in objectives and 3 in missing:
         missing.remove(3)  # nothing reads the VM head
