@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils.generic import can_return_tuple
@@ -291,9 +291,15 @@ class VWLMMVisualTokenizer(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, FeatureDecoder):
-            # Through `torch.nn.init`, which Transformers keeps from what has been loaded.
+        # Through `torch.nn.init`, which Transformers keeps from what has been loaded.
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+        elif isinstance(module, FeatureDecoder):
             nn.init.normal_(module.query_embed, std=self.config.initializer_range)
+            nn.init.normal_(module.pos_embed, std=self.config.initializer_range)
+            # Tokens of unit length have small elements: from these the decoder would be slow to learn anything.
+            nn.init.normal_(module.in_proj.weight, std=1.0)
+        elif isinstance(module, AttentionPool):
             nn.init.normal_(module.pos_embed, std=self.config.initializer_range)
         elif isinstance(module, Codebook):
             module.reset()
@@ -307,9 +313,10 @@ class VWLMMVisualTokenizer(PreTrainedModel):
             vision (`str` or `PreTrainedModel`): The tower, or its name or path: CLIP, SigLIP, DINOv2, BLIP-2's EVA ...
             config: What else [`VWLMMVisualTokenizerConfig`] takes.
         """
-        if isinstance(vision, str):
-            vision = AutoModel.from_pretrained(vision)
-        vision = getattr(vision, "vision_model", vision)
+        if not isinstance(vision, PreTrainedModel):
+            vision_config = AutoConfig.from_pretrained(vision)
+            vision_config = getattr(vision_config, "vision_config", vision_config)  # of a whole CLIP or SigLIP
+            vision = AutoModel.from_pretrained(vision, config=vision_config)
         model = cls(VWLMMVisualTokenizerConfig(vision_config=vision.config, **config))
         model.vision_tower.load_state_dict(vision.state_dict())
         return model
