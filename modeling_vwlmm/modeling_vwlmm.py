@@ -27,6 +27,7 @@ from transformers.utils.generic import can_return_tuple
 from .adapters_vwlmm import adapt, drops_tokens, make_adapter, to_dtype_of
 from .configuration_vwlmm import VWLMMConfig
 from .dropping_vwlmm import GeneratesFromKeptTokens, find_kept_positions, run_decoder
+from .image_codes_vwlmm import WithImageCodes
 from .objectives_vwlmm import (
     ObjectiveInputs,
     SupervisedPositions,
@@ -264,6 +265,7 @@ class VWLMMForConditionalGeneration(
     GeneratesInLockstep,
     GeneratesFromKeptTokens,
     FrozenVisionTower,
+    WithImageCodes,
     WithVisualWords,
     LlavaForConditionalGeneration,
 ):
