@@ -110,8 +110,9 @@ def from_visual_tokenizer(
     **config: Any,
 ) -> VWLMMForConditionalGeneration:
     """
-    The model that LaVIT's stage 2 starts from: a trained visual tokenizer with its tower, an LLM with rows for `[IMG]`,
-    `[/IMG]` and the codes, and an adapter: by default the reader's token merger, which begins as that of the tokenizer.
+    The model that LaVIT's stage 2 starts from: a trained visual tokenizer with its tower, an LLM with rows for
+    `[IMG]`, `[/IMG]` and the codes, and an adapter: by default the reader's token merger, which begins as that of the
+    tokenizer.
 
     The new rows are the mean of the LLM's, with little noise: what a new token means nobody knows yet.
 

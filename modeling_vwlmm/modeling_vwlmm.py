@@ -24,10 +24,11 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from .adapters_vwlmm import adapt, drops_tokens, make_adapter, to_dtype_of
+from .adapters_vwlmm import make_adapter, to_dtype_of
 from .configuration_vwlmm import VWLMMConfig
 from .dropping_vwlmm import GeneratesFromKeptTokens, find_kept_positions, run_decoder
 from .image_codes_vwlmm import WithImageCodes
+from .image_features_vwlmm import EncodesImages
 from .objectives_vwlmm import (
     ObjectiveInputs,
     SupervisedPositions,
@@ -52,12 +53,12 @@ from .placeholders_vwlmm import (
     propose_without_images,
     replace_placeholders,
 )
-from .vision_vwlmm import FrozenVisionTower, GeneratesInLockstep, run_vision_tower
+from .vision_vwlmm import FrozenVisionTower, GeneratesInLockstep
 from .visual_tokenizer_vwlmm import VWLMMVisualTokenizer
-from .visual_words_vwlmm import VMHead, WithVisualWords, get_distribution
+from .visual_words_vwlmm import VMHead, WithVisualWords
 
 
-class VWLMMModel(FrozenVisionTower, WithVisualWords, LlavaModel):
+class VWLMMModel(EncodesImages, FrozenVisionTower, WithVisualWords, LlavaModel):
     """
     Vision tower, adapter and decoder as in LLaVA, and the VM head, without the MM head.
 
@@ -82,114 +83,6 @@ class VWLMMModel(FrozenVisionTower, WithVisualWords, LlavaModel):
         self.post_init()
 
     @can_return_tuple
-    def get_image_features(
-        self,
-        pixel_values: torch.Tensor,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        image_sizes: torch.Tensor | None = None,
-        keep_mask: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | VWLMMImageFeaturesOutput:
-        """
-        Encodes images into what the decoder reads at their positions: image features, or the pseudo image features
-        `softmax(W_VM x) E` of equation 8.
-
-        Args:
-            pixel_values (`torch.Tensor` of shape `[I, 3, H, W]`): Preprocessed images.
-            vision_feature_layer, vision_feature_select_strategy (*optional*): In place of those of the config.
-            image_sizes (`torch.Tensor` of shape `[I, 2]`, *optional*): Sizes in pixels, for towers that need them.
-            keep_mask (`torch.Tensor` of shape `[I, N]`, *optional*): Which image tokens to keep. By default all, or
-                what the visual tokenizer selects for an adapter that drops some.
-
-        Returns:
-            [`VWLMMImageFeaturesOutput`], or a tuple with `return_dict=False`.
-        """
-        num_patches = None
-        if image_sizes is not None:
-            kwargs["image_sizes"] = image_sizes
-            num_patches = (torch.as_tensor(image_sizes) // self.vision_tower.patch_size).prod(dim=-1).tolist()
-        patch_features, outputs = run_vision_tower(
-            self.vision_tower,
-            self.config,
-            pixel_values,
-            vision_feature_layer,
-            vision_feature_select_strategy,
-            **{**kwargs, "return_dict": True},
-        )
-        return VWLMMImageFeaturesOutput(
-            last_hidden_state=outputs.last_hidden_state,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            **self.adapt(patch_features, num_patches, keep_mask),
-        )
-
-    def select_tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Which image tokens the visual tokenizer keeps of images `[I, 3, H, W]`: `torch.BoolTensor`, `[I, N]`."""
-        with torch.no_grad():
-            patch_features, _ = run_vision_tower(self.vision_tower, self.config, pixel_values.to(self.dtype))
-            return self.visual_tokenizer.select_patches(patch_features)
-
-    def get_patch_feature_size(self) -> int:
-        """Width `W` of the patch features that the adapter reads."""
-        layers = self.config.vision_feature_layer
-        return self.config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
-
-    def adapt(
-        self,
-        patch_features: torch.Tensor,
-        num_patches: list[int] | None = None,
-        keep_mask: torch.Tensor | None = None,
-    ) -> VWLMMImageFeaturesOutput:
-        """
-        What the adapter, and the VM head where it has a part in it, make of patch features.
-
-        Args:
-            patch_features (`torch.Tensor` of shape `[I, N, W]`): The selected features of the vision tower.
-            num_patches (`list[int]`, *optional*): Those of each image, for towers that put all images into one row.
-            keep_mask (`torch.Tensor` of shape `[I, N]`, *optional*): See [`~VWLMMModel.get_image_features`].
-
-        Returns:
-            [`VWLMMImageFeaturesOutput`] without what the tower alone knows.
-        """
-        if keep_mask is not None:
-            keep_mask = keep_mask.to(patch_features.device).bool()
-        elif drops_tokens(self.config):
-            keep_mask = self.visual_tokenizer.select_patches(patch_features)
-        adapted = adapt(self.multi_modal_projector, patch_features, num_patches, keep_mask)
-        read = adapted.image_features  # I x [N, D]
-        if self.config.use_pseudo_image_features:
-            # One call for all images: where weights are sharded, every process must call a module equally often.
-            sizes = [len(features) for features in read]
-            read = self._pseudo_image_features(torch.cat(read)).split(sizes)
-        return VWLMMImageFeaturesOutput(pooler_output=read, patch_features=patch_features, **adapted)
-
-    def _pseudo_image_features(self, image_features: torch.Tensor) -> torch.Tensor:
-        embeddings = self.get_vocabulary_embeddings(image_features.device)  # [C, D]
-        if not isinstance(self.vm_head, VMHead):  # but a layer of vLLM's or PEFT's, which takes no embeddings
-            return get_distribution(self.vm_head, image_features).to(embeddings) @ embeddings
-        return self.vm_head(image_features, embeddings)  # [I * N, D]
-
-    def encode_images(
-        self,
-        pixel_values: torch.Tensor | None,
-        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
-        *options: Any,
-    ) -> BaseModelOutputWithPooling | None:
-        """
-        The images of a `forward`, however they come. `options` are those of [`~VWLMMModel.get_image_features`].
-
-        Raises:
-            ValueError: If they come twice.
-        """
-        images = (mm_encoder_outputs or {}).get("image")
-        if pixel_values is None or not len(pixel_values):
-            return images
-        if images is not None:
-            raise ValueError("Pass images as `pixel_values` or as `mm_encoder_outputs`, not as both.")
-        return self.get_image_features(pixel_values, *options)
-
-    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -204,6 +97,7 @@ class VWLMMModel(FrozenVisionTower, WithVisualWords, LlavaModel):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         image_positions: torch.LongTensor | None = None,
         keep_mask: torch.Tensor | None = None,
+        read_as_codes: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | LlavaModelOutputWithPast:
         """
@@ -226,6 +120,7 @@ class VWLMMModel(FrozenVisionTower, WithVisualWords, LlavaModel):
             vision_feature_select_strategy,
             image_sizes,
             keep_mask,
+            read_as_codes,
         )
         embed = self.get_input_embeddings()
         if inputs_embeds is None:
@@ -337,6 +232,7 @@ class VWLMMForConditionalGeneration(
         num_items_in_batch: int | torch.Tensor | Mapping[str, int | torch.Tensor] | None = None,
         num_image_items_in_batch: int | torch.Tensor | None = None,
         keep_mask: torch.Tensor | None = None,
+        read_as_codes: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | VWLMMCausalLMOutputWithPast:
         """
@@ -366,6 +262,8 @@ class VWLMMForConditionalGeneration(
             keep_mask (`torch.Tensor` of shape `[I, N]`, *optional*):
                 Which image tokens to keep. By default all, or what the visual tokenizer selects for an adapter that
                 drops some. The decoder does not read dropped ones, and no objective supervises them.
+            read_as_codes (`torch.BoolTensor` of shape `[I]`, *optional*):
+                Images of which the decoder reads the embeddings of their codes, as it does where it writes them.
             kwargs:
                 What objectives ask for beside these, such as `image_labels`, and what the decoder takes.
 
@@ -390,6 +288,7 @@ class VWLMMForConditionalGeneration(
             vision_feature_select_strategy,
             image_sizes,
             keep_mask,
+            read_as_codes,
         )
         if supervised_positions is not None and images is not None:
             supervised_positions = leave_out_dropped(supervised_positions, images.get("keep_mask"))

@@ -141,6 +141,8 @@ class Objective:
     columns: ClassVar[tuple[str, ...]] = ()
     # Whether its loss and the text's are one mean over the positions of both, and not a mean each.
     counts_with_text: bool = False
+    # And what it reads where there is some.
+    optional_columns: ClassVar[tuple[str, ...]] = ()
     # Layers of the decoder whose outputs it reads, as indices of `hidden_states`.
     layers: tuple[int, ...] = ()
 
@@ -410,17 +412,20 @@ class Codes(VisualWords):
     Cross-entropy with the code of the next image token, which the frozen visual tokenizer makes of the image (LaVIT,
     equation 5), and with `[/IMG]` behind the last: how many tokens an image has is part of what is learned.
 
+    Codes may be computed once, by `dataset.map(tokenize_images(...))`, which writes the column `image_codes`.
+
     Args:
         learns_end (`bool`, *optional*, defaults to `True`): Whether what stands behind an image is learned, too. Where
             no `[/IMG]` does, that is the next token of the text, which the language loss has already.
-        normalization (`str`, *optional*, defaults to `"apart"`): `"apart"`, each loss is a mean over its own positions,
-            or `"together"`, one mean over those of text and codes, as LaVIT has it.
+        normalization (`str`, *optional*, defaults to `"apart"`): `"apart"`, each loss is a mean over its own
+            positions, or `"together"`, one mean over those of text and codes, as LaVIT has it.
 
     Raises:
         ValueError: If `normalization` is neither.
     """
 
     name = "codes"
+    optional_columns = ("image_codes",)
 
     def __init__(self, learns_end: bool = True, normalization: str = "apart") -> None:
         if normalization not in ("apart", "together"):
@@ -448,12 +453,30 @@ class Codes(VisualWords):
             features, keep_mask = inputs.images["patch_features"], inputs.images["keep_mask"]  # [I, N, W], [I, N]
             if keep_mask is None:
                 keep_mask = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
-            code_ids = tokenizer.encode(patch_features=features, keep_mask=keep_mask).code_ids  # [kept]
-            codes = torch.zeros_like(keep_mask, dtype=torch.long).masked_scatter(keep_mask, code_ids)  # [I, N]
+            codes = inputs.batch.get("image_codes")  # [I, N]
+            if codes is None:
+                code_ids = tokenizer.encode(patch_features=features, keep_mask=keep_mask).code_ids  # [kept]
+                codes = torch.zeros_like(keep_mask, dtype=torch.long).masked_scatter(keep_mask, code_ids)  # [I, N]
             is_image = targets == config.image_token_id  # [K]
             codes = inputs.at_image_tokens(codes.flatten(), positions) + config.code_offset  # [K]
             targets = torch.where(is_image, codes, targets)
         return HeadRows(inputs.model.lm_head.weight, inputs.hidden_before(positions), targets)
+
+    def collate(
+        self, examples: list[dict[str, Any]], processor: Any, image_seq_length: int
+    ) -> dict[str, torch.Tensor]:
+        rows = [image for example in examples for image in example.get("image_codes") or []]
+        if not rows:
+            return {}
+        codes = torch.tensor(rows)  # [I, N]
+        num_images = sum(len(example.get("images") or []) for example in examples)
+        if codes.shape != (num_images, image_seq_length):
+            raise ValueError(
+                f"There are `image_codes` of shape {tuple(codes.shape)} for {num_images} images of {image_seq_length} "
+                "tokens; expected one code for each token, and -1 where it is dropped, as `tokenize_images` writes "
+                "them. Every sample of a dataset has them, or none."
+            )
+        return {"image_codes": codes, "keep_mask": codes >= 0}
 
 
 # Every objective that `visual_objective` may name. A class of your own joins by standing here.
@@ -623,6 +646,7 @@ def prepare_batch(
             if column not in kwargs:
                 raise ValueError(f"The objective `{name}` needs `{column}`, which is not among the inputs. Pass it.")
             batch = {**batch, column: kwargs[column]}
+        batch = {**batch, **{column: kwargs[column] for column in objective.optional_columns if column in kwargs}}
     for column in batch:
         kwargs.pop(column, None)
     if supervised_positions is not None and supervised_positions["by_objective"].keys() != objectives.keys():

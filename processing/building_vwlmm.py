@@ -142,8 +142,8 @@ def load_tokenizer(
         num_known = backend.get_vocab_size()
         if num_text_tokens is not None and num_text_tokens < num_known:
             raise ValueError(
-                f"The LLM's tokenizer has {num_known} tokens, and [IMG] the id {num_text_tokens}. Is this the tokenizer "
-                "of another LLM?"
+                f"The LLM's tokenizer has {num_known} tokens, and [IMG] the id {num_text_tokens}. Is this the "
+                "tokenizer of another LLM?"
             )
         # Nothing stands in front of a prompt, no BOS either.
         backend.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B:1", special_tokens=[])

@@ -170,8 +170,8 @@ class VWLMMProcessor(LlavaProcessor):
         Args:
             config ([`VWLMMVisualTokenizerConfig`]): Of the tokenizer.
             text (`str`, `os.PathLike` or `PreTrainedTokenizerBase`): Name or path of the LLM, or its tokenizer.
-            image_processor (`BaseImageProcessor`, *optional*): By default CLIP's, for the size of the tower: images are
-                resized to it as a whole, as LaVIT's authors do.
+            image_processor (`BaseImageProcessor`, *optional*): By default with CLIP's mean and deviation, and the size
+                of the tower, to which images are resized as a whole, as LaVIT's authors do.
             num_text_tokens (`int`, *optional*): Id of `[IMG]`, by default the number of the LLM's tokens.
             chat_template (`str`, *optional*, defaults to `"lavit"`): See [`~VWLMMProcessor.get_chat_template`].
 

@@ -1,9 +1,10 @@
 # Copyright 2026 The VW-LMM authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The four training stages of VW-LMM as one trainer and its arguments."""
+"""The training stages of VW-LMM and LaVIT as one trainer and its arguments."""
 
 from .arguments import VWLMMTrainingArguments
 from .checkpoints import TrainingInterrupted, find_last_checkpoint
+from .image_codes import tokenize_images
 from .trainer import VWLMMTrainer
 from .training_modules import attach_training_modules
 from .watching import BenchmarkCallback, TrainingDiverged
@@ -17,4 +18,5 @@ __all__ = [
     "VWLMMTrainingArguments",
     "attach_training_modules",
     "find_last_checkpoint",
+    "tokenize_images",
 ]

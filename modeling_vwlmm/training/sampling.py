@@ -92,7 +92,8 @@ def estimate_lengths(dataset: Dataset, image_seq_length: int) -> tuple[np.ndarra
     """
     table = dataset.with_format("arrow")[:]
     num_images = count_images(dataset)
-    not_text = {"images", "image", *(column for objective in OBJECTIVES.values() for column in objective.columns)}
+    of_objectives = (column for o in OBJECTIVES.values() for column in (*o.columns, *o.optional_columns))
+    not_text = {"images", "image", *of_objectives}
     num_bytes = sum(
         np.concatenate([_num_bytes(chunk) for chunk in table[name].chunks])
         for name in table.column_names

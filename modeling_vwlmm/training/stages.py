@@ -57,8 +57,8 @@ STAGES = {
     4: Stage("multi-modal auto-regression", (DECODER, MM_HEAD), "visual_words", (1, 2, 3), 128, 2e-5, None),
 }
 
-# LaVIT (arXiv 2309.04669, section 3.3). Stage 1 has a trainer of its own: it trains no model with an LLM. Stage 2 divides
-# the losses of text and codes by all positions of both (equation 5).
+# LaVIT (arXiv 2309.04669, section 3.3). Stage 1 has a trainer of its own: it trains no model with an LLM. Stage 2
+# divides the losses of text and codes by all positions of both (equation 5).
 TOGETHER = {"codes": {"normalization": "together"}}
 LAVIT_STAGES = {
     1: Stage("visual tokenizer", (), None, (), 2048, 1e-4, None),

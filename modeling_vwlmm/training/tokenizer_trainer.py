@@ -54,9 +54,9 @@ class VisualTokenizerTrainer(Trainer):
     Trainer of a [`VWLMMVisualTokenizer`], which `VWLMMTrainer` becomes with `method="lavit"` and `stage=1`.
 
     Logged beside `loss`: `reconstruction_loss`, `ratio_loss` and `commitment_loss` of equation 4; `kept_share` and the
-    least and most of an image; `token_gain`, by how much the mean cosine of rebuilt features is above that of a decoder
-    that gets no tokens; `codes_used` and `code_perplexity` since the last log; `revived_codes`. A warning says if tokens
-    carry nothing, or if the selector has polarised before they do.
+    least and most of an image; `token_gain`, by how much the mean cosine of rebuilt features is above that of a
+    decoder that gets no tokens; `codes_used` and `code_perplexity` since the last log. A warning says if tokens carry
+    nothing, or if the selector has polarised before they do.
 
     At its end, and in every checkpoint, `config.threshold` is the probability that a share of `keep_rate` of all
     patches reaches.
@@ -65,8 +65,8 @@ class VisualTokenizerTrainer(Trainer):
         model ([`VWLMMVisualTokenizer`] or `str`): Tokenizer, or name or path of one.
         args ([`VWLMMTrainingArguments`]): Arguments, with `method="lavit"` and `stage=1`.
         train_dataset (`Dataset` or `IterableDataset`): A column `images`, lists of images, or `image`.
-        processing_class ([`VWLMMProcessor`], *optional*): By default the one saved with the tokenizer. What it makes of
-            images is what the tokenizer sees.
+        processing_class ([`VWLMMProcessor`], *optional*): By default the one saved with the tokenizer. What it makes
+            of images is what the tokenizer sees.
         kwargs: Everything else that `Trainer` takes.
 
     Raises:
@@ -292,7 +292,8 @@ class ImageCollator:
         for sample in samples:
             if "images" not in sample and "image" not in sample:
                 raise ValueError(
-                    f"A sample has the columns {', '.join(sample)}; a visual tokenizer learns from `images` or `image`."
+                    f"A sample has the columns {', '.join(sample)}; a visual tokenizer learns from `images` or "
+                    "`image`."
                 )
             images += sample.get("images") or ([sample["image"]] if sample.get("image") is not None else [])
         if not images:

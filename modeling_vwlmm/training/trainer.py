@@ -313,7 +313,8 @@ class VWLMMTrainer(SavesWholeCheckpoints, LoadsInOrder, SFTTrainer):
                 ignore_all_positions(batch)
             if drops_tokens(self._config) and len(batch.get("pixel_values", ())):
                 # Before the step: its losses are means over the image tokens that are kept.
-                batch["keep_mask"] = self._base_model.model.select_tokens(batch["pixel_values"].to(device))
+                if "keep_mask" not in batch:
+                    batch["keep_mask"] = self._select_tokens(batch["pixel_values"].to(device))
                 batch["supervised_positions"] = leave_out_dropped(batch["supervised_positions"], batch["keep_mask"])
             for name, positions in batch["supervised_positions"]["by_objective"].items():
                 counts[name] += len(positions)
@@ -326,6 +327,14 @@ class VWLMMTrainer(SavesWholeCheckpoints, LoadsInOrder, SFTTrainer):
             if self.args.average_tokens_across_devices:
                 counts = dict(zip(counts, total, strict=True))
         return batches, counts
+
+    def _select_tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "The visual tokenizer selects image tokens before a step, and here its weights are sharded. Write the "
+                "codes once, `dataset.map(tokenize_images(...))`, and train on what that returns."
+            )
+        return self._base_model.model.select_tokens(pixel_values)
 
     def compute_loss(
         self,
