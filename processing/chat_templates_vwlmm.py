@@ -143,10 +143,19 @@ _LAVIT = r"""
         {%- for part in parts -%}
             {%- if part['type'] == 'image' -%}
                 {{- '<image>' -}}
+            {%- elif message['is_caption'] -%}
+                {%- generation -%}
+                    {{- content_of({'role': 'user', 'content': [part]}) -}}
+                {%- endgeneration -%}
             {%- else -%}
                 {{- 'Question: ' ~ content_of({'role': 'user', 'content': [part]}) ~ ' Answer:' -}}
             {%- endif -%}
         {%- endfor -%}
+        {%- if message['is_caption'] -%}
+            {%- generation -%}
+                {{- eos_token -}}
+            {%- endgeneration -%}
+        {%- endif -%}
     {%- else -%}
         {%- set asked = turns[loop.index0 - 1]['content'] -%}
         {%- set is_answer = asked is string or asked | selectattr('type', 'equalto', 'text') | list -%}

@@ -16,7 +16,12 @@ from conftest import make_image
 
 CODE_FILES = {
     "adapters_vwlmm.py",
+    "codebook_vwlmm.py",
     "configuration_vwlmm.py",
+    "dropping_vwlmm.py",
+    "image_codes_vwlmm.py",
+    "image_features_vwlmm.py",
+    "visual_tokenizer_vwlmm.py",
     "modeling_vwlmm.py",
     "kernels_vwlmm.py",
     "loss_vwlmm.py",

@@ -77,6 +77,9 @@ class VWLMMTrainingArguments(SFTConfig):
         spike_threshold (`float`, *optional*, defaults to 20.0):
             A run stops before a step whose loss or gradient norm lies so many deviations above the median of the last
             100 steps, in logarithms (see `History`). At 0 only what is no finite number stops it.
+        text_first_share (`float`, *optional*, defaults to 0.0):
+            Of LaVIT's stage 2: the share of pairs of an image and its caption in which the caption stands first, and
+            the model learns to write the image as codes. The paper has both orders.
         random_mask_steps, continuous_steps (`float`, *optional*, defaults to 0.2 and 0.58):
             Of LaVIT's stage 1: how many steps keep patches at random, and how many in all, these included, pass before
             there is a codebook. Below 1 they are shares of all steps.
@@ -138,6 +141,10 @@ class VWLMMTrainingArguments(SFTConfig):
         metadata={"help": "Whether to resume from a checkpoint that was made on other data, or in another order."},
     )
 
+    text_first_share: float = field(
+        default=0.0,
+        metadata={"help": "LaVIT, stage 2: share of captioned images that are written behind their caption."},
+    )
     random_mask_steps: float = field(
         default=0.2,
         metadata={"help": "LaVIT, stage 1: steps that keep patches at random, or below 1 a share of all steps."},
@@ -209,6 +216,13 @@ class VWLMMTrainingArguments(SFTConfig):
         if not 0 <= self.visual_loss_weight < math.inf:
             raise ValueError(
                 f"`visual_loss_weight` is {self.visual_loss_weight}; expected a finite number that is not negative."
+            )
+        if not 0 <= self.text_first_share <= 1 or (
+            self.text_first_share and (self.method, self.stage) != ("lavit", 2)
+        ):
+            raise ValueError(
+                f"`text_first_share` is {self.text_first_share} with method={self.method!r} and stage={self.stage}; "
+                "expected a share from 0 to 1, in LaVIT's stage 2: no other writes images."
             )
         if not 0 <= self.random_mask_steps <= self.continuous_steps:
             raise ValueError(

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches of samples, for TRL's trainer."""
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,8 @@ from .untrusted import check_sample
 
 # What can be wrong with a sample: its messages or images, an image file, or messages that the template refuses.
 SAMPLE_ERRORS = (ValueError, OSError, TemplateError)
+# Marks a sample whose image stands behind its text.
+TEXT_FIRST = "_text_first"
 
 
 @dataclass
@@ -28,6 +31,9 @@ class VWLMMDataCollator(DataCollatorForVisionLanguageModeling):
     It adds what `objectives` read of a sample, and `supervised_positions`, as `forward` takes them: found here, on the
     host, they do not make it wait for the device.
 
+    Of pairs of an image and its caption, `text_first_share` are put the other way round, by `seed` and sample: there
+    the image is written, and the decoder reads its codes (LaVIT, section 3.2).
+
     With `packing`, samples stand behind each other without padding, and `position_ids` that start again with every
     sample keep them apart in attention. A batch is one row, `[1, L]`, of its samples; or, of rows that are lists of
     samples, as many rows, `[B, L]`, padded to the longest. Where `flattens_rows` is set, these become one row, too: so
@@ -35,6 +41,8 @@ class VWLMMDataCollator(DataCollatorForVisionLanguageModeling):
     """
 
     packing: bool = False
+    text_first_share: float = 0.0
+    seed: int = 0
     flattens_rows: bool = False
     objectives: Mapping[str, Objective] = field(default_factory=dict)
     image_seq_length: int | None = None
@@ -42,6 +50,8 @@ class VWLMMDataCollator(DataCollatorForVisionLanguageModeling):
     def torch_call(self, examples: list[dict[str, Any]] | list[list[dict[str, Any]]]) -> dict[str, Any]:
         """See `DataCollatorMixin.torch_call`."""
         rows = examples if isinstance(examples[0], list) else [examples]
+        if self.text_first_share:
+            rows = [[self._put_text_first(sample) for sample in row] for row in rows]
         if self.assistant_only_loss:
             rows = [[to_messages(sample) for sample in row] for row in rows]
         samples = [sample for row in rows for sample in row]
@@ -64,7 +74,23 @@ class VWLMMDataCollator(DataCollatorForVisionLanguageModeling):
             batch = pack(batch, row_sizes, self.pad_to_multiple_of)
         batch["supervised_positions"] = find_supervised_positions(self.objectives, batch, image_token_id)
         batch["supervised_positions"]["num_padding"] = batch["input_ids"].numel() - num_tokens
+        if "pixel_values" in batch and any(TEXT_FIRST in sample for sample in samples):
+            as_codes = [TEXT_FIRST in sample for sample in samples for _ in sample.get("images") or []]
+            batch["read_as_codes"] = torch.tensor(as_codes)  # [I]
         return batch
+
+    def _put_text_first(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """A pair of an image and its caption the other way round, if the seed says so: then the image is written."""
+        messages = sample.get("messages") or []
+        contents = [message["content"] for message in messages]
+        is_pair = len(messages) == 2 and len(sample.get("images") or []) == 1 and _is_image_alone(contents[0])
+        if not is_pair or zlib.crc32(f"{self.seed} {sample.get('id')} {contents[1]}".encode()) >= (
+            self.text_first_share * 2**32
+        ):
+            return sample
+        caption = contents[1] if isinstance(contents[1], list) else [{"type": "text", "text": contents[1]}]
+        message = {"role": "user", "content": [*caption, {"type": "image"}], "is_caption": True}
+        return {**sample, "messages": [message], TEXT_FIRST: True}
 
     def _check_rows(self, rows: list[list[dict[str, Any]]], lengths: torch.Tensor) -> None:
         for row, row_lengths in zip(rows, lengths.split([len(row) for row in rows]), strict=True):
@@ -82,6 +108,11 @@ class VWLMMDataCollator(DataCollatorForVisionLanguageModeling):
         for objective in self.objectives.values():
             batch |= objective.collate(examples, self.processor, self.image_seq_length)
         return batch
+
+
+def _is_image_alone(content: str | list[dict[str, Any]]) -> bool:
+    # Columns of parts have a text of None beside an image.
+    return isinstance(content, list) and [part.get("type") for part in content] == ["image"]
 
 
 def to_messages(sample: dict[str, Any]) -> dict[str, Any]:

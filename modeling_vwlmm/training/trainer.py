@@ -219,6 +219,8 @@ class VWLMMTrainer(SavesWholeCheckpoints, LoadsInOrder, SFTTrainer):
             self.data_collator = VWLMMDataCollator(
                 **{**vars(self.data_collator), "completion_only_loss": completion_only_loss},
                 packing=packing,
+                text_first_share=args.text_first_share,
+                seed=args.seed if args.data_seed is None else args.data_seed,
                 flattens_rows=self._config.text_config._attn_implementation.startswith("flash_attention"),
                 objectives=self._objectives,
                 image_seq_length=self._config.image_seq_length,
