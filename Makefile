@@ -2,10 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: demo test test-long fuzz test-oldest test-peers test-lmms-eval test-vllm mutants lint bench bench-reading clean
+.PHONY: demo demo-lavit test test-long fuzz test-oldest test-peers test-lmms-eval test-vllm mutants lint bench bench-reading clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python examples/demo.py
+
+# LaVIT: a visual tokenizer, then a model that reads and writes its codes.
+demo-lavit: $(VENV)/installed
+	$(VENV)/bin/python examples/demo_lavit.py
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2

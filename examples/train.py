@@ -17,10 +17,15 @@ from typing import Any
 
 from check import check, make_model
 from datasets import Dataset
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-from modeling_vwlmm import VWLMMForConditionalGeneration, VWLMMTrainer, VWLMMTrainingArguments
+from modeling_vwlmm import (
+    VWLMMForConditionalGeneration,
+    VWLMMTrainer,
+    VWLMMTrainingArguments,
+    VWLMMVisualTokenizer,
+)
 from modeling_vwlmm.training import find_last_checkpoint
 from processing_vwlmm import VWLMMProcessor, load_llava_dataset, mix_datasets
 
@@ -42,9 +47,17 @@ class ScriptArguments:
     on_bad_image: str = field(default="raise", metadata={"help": "'raise' or 'skip' samples whose image is broken."})
     vision_tower: str | None = field(default=None, metadata={"help": "Stage I: pretrained vision tower."})
     language_model: str | None = field(default=None, metadata={"help": "Stage I: pretrained LLM."})
-    conversation_template: str = field(
-        default="vicuna_v1", metadata={"help": "Stage I: template of conversations, 'vicuna_v1' or 'mistral'."}
+    conversation_template: str | None = field(
+        default=None,
+        metadata={"help": "Stage I: template of conversations, 'vicuna_v1' or 'mistral'; of LaVIT 'lavit'."},
     )
+    visual_tokenizer: str | None = field(
+        default=None, metadata={"help": "LaVIT's stage 2, to begin with: trained visual tokenizer."}
+    )
+    visual_tokenizer_config: str | None = field(
+        default=None, metadata={"help": "LaVIT's stage 1: fields of VWLMMVisualTokenizerConfig, as a mapping."}
+    )
+    adapter: str = field(default="token_merger", metadata={"help": "LaVIT's stage 2, to begin with: the adapter."})
     use_pseudo_image_features: bool | None = field(
         default=None, metadata={"help": "Whether the decoder reads pseudo image features. By default as before."}
     )
@@ -80,6 +93,39 @@ def load_data(script_args: ScriptArguments, seed: int) -> Dataset:
     return mix_datasets(datasets, [entry.get("weight", 1) for entry in entries], seed)
 
 
+def load_model(
+    script_args: ScriptArguments, training_args: VWLMMTrainingArguments, model_args: ModelConfig
+) -> tuple[PreTrainedModel, VWLMMProcessor]:
+    """What a recipe starts from: a checkpoint, or the parts of a new model."""
+    name, text, dtype = model_args.model_name_or_path, script_args.language_model, model_args.dtype or "float32"
+    template = (
+        {} if script_args.conversation_template is None else {"chat_template": script_args.conversation_template}
+    )
+    if name is not None:
+        cls = VWLMMVisualTokenizer if training_args.trains_tokenizer else VWLMMForConditionalGeneration
+        options = {
+            "attn_implementation": model_args.attn_implementation,
+            "quantization_config": get_quantization_config(model_args),
+        }
+        model = cls.from_pretrained(name, dtype=dtype, **({} if training_args.trains_tokenizer else options))
+        return model, VWLMMProcessor.from_pretrained(name)
+    if training_args.trains_tokenizer:
+        fields = script_args.visual_tokenizer_config or {}
+        fields = json.loads(fields) if isinstance(fields, str) else fields
+        tokenizer = VWLMMVisualTokenizer.from_vision_pretrained(script_args.vision_tower, **fields)
+        return tokenizer, VWLMMProcessor.from_visual_tokenizer(tokenizer.config, text, **template)
+    if script_args.visual_tokenizer is not None:
+        model = VWLMMForConditionalGeneration.from_visual_tokenizer(
+            script_args.visual_tokenizer, text, adapter=script_args.adapter, dtype=dtype
+        )
+        return model, VWLMMProcessor.from_pretrained(script_args.visual_tokenizer)
+    processor = VWLMMProcessor.from_vision_text_pretrained(script_args.vision_tower, text, **template)
+    model = VWLMMForConditionalGeneration.from_vision_text_pretrained(
+        script_args.vision_tower, text, image_token_index=processor.image_token_id, dtype=dtype
+    )
+    return model, processor
+
+
 def _check_entry(entry: dict[str, Any]) -> None:
     needed = {"json_file", "image_folder"}
     if not needed <= entry.keys() <= needed | {"weight"}:
@@ -95,7 +141,7 @@ def _check(
     """The exit status: 1 if a sample would stop the run."""
     name, parts = model_args.model_name_or_path, (script_args.vision_tower, script_args.language_model)
     if name is None:
-        template = script_args.conversation_template
+        template = script_args.conversation_template or "vicuna_v1"
         processor = VWLMMProcessor.from_vision_text_pretrained(*parts, chat_template=template)
     else:
         processor = VWLMMProcessor.from_pretrained(name)
@@ -112,25 +158,7 @@ def main(args: list[str] | None = None) -> None:
     training_args.check_columns(dataset)  # before any weight is loaded
     if script_args.check:
         sys.exit(_check(script_args, training_args, model_args, dataset))
-    dtype = model_args.dtype or "float32"
-    if model_args.model_name_or_path is None:
-        processor = VWLMMProcessor.from_vision_text_pretrained(
-            script_args.vision_tower, script_args.language_model, chat_template=script_args.conversation_template
-        )
-        model = VWLMMForConditionalGeneration.from_vision_text_pretrained(
-            script_args.vision_tower,
-            script_args.language_model,
-            image_token_index=processor.image_token_id,
-            dtype=dtype,
-        )
-    else:
-        processor = VWLMMProcessor.from_pretrained(model_args.model_name_or_path)
-        model = VWLMMForConditionalGeneration.from_pretrained(
-            model_args.model_name_or_path,
-            dtype=dtype,
-            attn_implementation=model_args.attn_implementation,
-            quantization_config=get_quantization_config(model_args),
-        )
+    model, processor = load_model(script_args, training_args, model_args)
     if script_args.use_pseudo_image_features is not None:
         model.config.use_pseudo_image_features = script_args.use_pseudo_image_features
 
@@ -139,7 +167,7 @@ def main(args: list[str] | None = None) -> None:
         args=training_args,
         train_dataset=dataset,
         processing_class=processor,
-        peft_config=get_peft_config(model_args),
+        **({} if training_args.trains_tokenizer else {"peft_config": get_peft_config(model_args)}),
     )
     # An interrupted run goes on from its last checkpoint that is whole, or from the one that is asked for.
     checkpoint = training_args.resume_from_checkpoint or find_last_checkpoint(training_args.output_dir)

@@ -1,0 +1,272 @@
+"""
+LaVIT on the small world: a visual tokenizer learns which patches to keep and what code each is, then a model learns to
+read and to write them beside text, and answers questions about images it has never seen.
+
+    make demo-lavit
+
+It trains with the recipes of `examples/recipes/small_world_lavit`, adds the ablation without the codes' objective, and
+ends with two tables and two pictures in `runs/small_world_lavit`.
+"""
+
+import time
+from collections import Counter
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+import train
+from demo import answer_table, markdown_table
+from evaluate import answer_questions, measure_answers
+from few_shot import answer_with_examples, read_examples
+from PIL import Image
+from small_world import COLOURS, PATCH_SIZE, SHAPES, read_held_out, write_llava_dataset
+
+from modeling_vwlmm import VWLMMForConditionalGeneration, VWLMMVisualTokenizer
+from processing_vwlmm import VWLMMProcessor
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.patches import Rectangle
+
+
+RECIPES = Path("examples/recipes/small_world_lavit")
+RUNS = Path("runs/small_world_lavit")
+NUM_CAPTIONS, NUM_CONVERSATIONS = 4800, 3800
+SHOTS = (0, 2, 4)
+NUM_FEW_SHOT_QUESTIONS = 120
+
+
+def main() -> None:
+    """Writes the data, trains both stages, and measures."""
+    start = time.monotonic()
+    print("\n=== Writing the small world")
+    write_llava_dataset(RUNS / "data", NUM_CAPTIONS, NUM_CONVERSATIONS)
+    records = read_held_out(RUNS / "data")
+    print("\n=== Stage 1: the visual tokenizer")
+    train.main(["--config", str(RECIPES / "stage1.yaml")])
+    tokenizer = VWLMMVisualTokenizer.from_pretrained(RUNS / "tokenizer")
+    processor = VWLMMProcessor.from_pretrained(RUNS / "tokenizer")
+    tables = measure_tokenizer(tokenizer, processor, records)
+    print("\n" + tables)
+
+    accuracies = {}
+    for name, folder, options in (
+        ("text and codes", RUNS / "stage2", []),
+        ("text alone", RUNS / "no_codes", ["--visual_objective", "{}", "--output_dir", str(RUNS / "no_codes")]),
+    ):
+        print(f"\n=== Stage 2: {name}")
+        train.main(["--config", str(RECIPES / "stage2.yaml"), *options])
+        model = VWLMMForConditionalGeneration.from_pretrained(folder)
+        accuracies[name] = measure_answers(answer_questions(model, processor, records), records)
+
+    print("\n=== Examples in context, and codes")
+    model = VWLMMForConditionalGeneration.from_pretrained(RUNS / "stage2")
+    tables += "\n" + answer_table(accuracies, records)
+    tables += "\n" + measure_shots(model, processor, records) + "\n" + measure_codes(model, processor, records)
+    (RUNS / "results.md").write_text(tables)
+    print(
+        f"\n{tables}\nPictures: {RUNS / 'kept.png'}, {RUNS / 'codes.png'}\n\n"
+        f"All of it took {(time.monotonic() - start) / 60:.1f} minutes."
+    )
+
+
+def read_pixels(processor: VWLMMProcessor, records: list[dict]) -> torch.Tensor:
+    """The images of records, `[I, 3, H, W]`."""
+    images = [Image.open(record["image"]) for record in records]
+    return processor.image_processor(images, return_tensors="pt")["pixel_values"]
+
+
+@torch.inference_mode()
+def measure_tokenizer(tokenizer: VWLMMVisualTokenizer, processor: VWLMMProcessor, records: list[dict]) -> str:
+    """What is kept, and what can be rebuilt from it, by threshold and by a draw; draws both pictures."""
+    features = tokenizer.encode_patches(read_pixels(processor, records))  # [I, N, C]
+    log_probs = tokenizer.selector(features)  # [I, N, 2]
+    words = [record["patch_words"] for record in records]
+    is_object = torch.tensor([[len(word) > 1 for word in image] for image in words])  # [I, N]
+    is_background = torch.tensor([[len(word) == 1 for word in image] for image in words])
+    columns = {}
+    for selection in ("threshold", "sample"):
+        tokens = tokenizer.encode(patch_features=features, keep_mask=tokenizer.select(log_probs, selection=selection))
+        kept = tokens.keep_mask
+        lengths = kept.sum(dim=1).float()
+        counts = tokens.code_ids.bincount(minlength=tokenizer.config.num_codes).double()
+        columns[selection] = {
+            "patches kept": f"{kept.float().mean():.3f}",
+            "the same, least and most of an image": f"{lengths.min() / 64:.2f}, {lengths.max() / 64:.2f}",
+            "object patches kept": f"{kept[is_object].float().mean():.3f}",
+            "background patches kept": f"{kept[is_background].float().mean():.3f}",
+            "objects with a token": f"{share_of_objects(kept, records):.3f}",
+            "correlation of length and object area": f"{correlate(lengths, is_object.sum(dim=1)):.2f}",
+            "correlation of length and number of objects": f"{correlate(lengths, count_objects(records)):.2f}",
+            "codes used": str(int((counts > 0).sum())),
+            "perplexity of codes": f"{torch.special.entr(counts / counts.sum()).sum().exp():.1f}",
+            "cosine of rebuilt features": f"{cosine(tokenizer.decode(tokens.code_ids, kept), features):.3f}",
+            **{f"patches of a code that agree on {k}": f"{v:.3f}" for k, v in agree(tokens, words).items()},
+        }
+        if selection == "threshold":
+            draw_kept(RUNS / "kept.png", kept, records)
+            draw_codes(RUNS / "codes.png", tokens, records)
+    generator = torch.Generator().manual_seed(0)
+    random = torch.rand(kept.shape, generator=generator) < tokenizer.config.keep_rate  # [I, N]
+    tokens = tokenizer.encode(patch_features=features, keep_mask=random)
+    # No decoder that gets no tokens can do better than the mean direction of each place.
+    nothing = torch.nn.functional.normalize(features, dim=-1).mean(dim=0, keepdim=True)  # [1, N, C]
+    baselines = {
+        "cosine, tokens of a random third": f"{cosine(tokenizer.decode(tokens.code_ids, random), features):.3f}",
+        "cosine, best without tokens": f"{cosine(nothing, features):.3f}",
+    }
+    rows = [[name, *(column[name] for column in columns.values())] for name in columns["threshold"]]
+    rows += [[name, value, ""] for name, value in baselines.items()]
+    return markdown_table([f"tokenizer, {len(records)} images", *columns], rows)
+
+
+def cosine(rebuilt: torch.Tensor, features: torch.Tensor) -> float:
+    """Mean cosine of features, `[I, N, C]`."""
+    return torch.cosine_similarity(rebuilt, features, dim=-1).mean().item()
+
+
+def correlate(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Pearson's correlation of two rows of numbers."""
+    return float(np.corrcoef(a.numpy(), b.numpy())[0, 1])
+
+
+def find_objects(record: dict) -> list[np.ndarray]:
+    """The patches of each object of an image, `[N]` booleans: those of one quadrant with the same words."""
+    places: dict[tuple, list[int]] = {}
+    for patch, words in enumerate(record["patch_words"]):
+        if len(words) > 1:
+            places.setdefault((patch // 32, patch % 8 // 4, *words), []).append(patch)
+    return [np.isin(np.arange(64), patches) for patches in places.values()]
+
+
+def count_objects(records: list[dict]) -> torch.Tensor:
+    """How many objects each image has, `[I]`."""
+    return torch.tensor([len(find_objects(record)) for record in records])
+
+
+def share_of_objects(kept: torch.Tensor, records: list[dict]) -> float:
+    """The share of objects of which at least one patch is kept."""
+    pairs = zip(kept.numpy(), records, strict=True)
+    return float(np.mean([image[patches].any() for image, record in pairs for patches in find_objects(record)]))
+
+
+def agree(tokens: object, words: list[list[list[str]]]) -> dict[str, float]:
+    """Of kept object patches, the share whose colour, or shape, is the most frequent one of their code."""
+    kept = [words[image][patch] for image, patch in tokens.keep_mask.nonzero().tolist()]
+    shares = {}
+    for kind, names in (("colour", COLOURS), ("shape", SHAPES)):
+        found: dict[int, Counter] = {}
+        for code, patch in zip(tokens.code_ids.tolist(), kept, strict=True):
+            for word in set(patch) & set(names):
+                found.setdefault(code, Counter())[word] += 1
+        most = sum(counter.most_common(1)[0][1] for counter in found.values())
+        shares[kind] = most / sum(counter.total() for counter in found.values())
+    return shares
+
+
+def measure_shots(model: VWLMMForConditionalGeneration, processor: VWLMMProcessor, records: list[dict]) -> str:
+    """Exact match with examples in context."""
+    asked, examples = records[:NUM_FEW_SHOT_QUESTIONS], read_examples(RUNS / "data")
+    rows = []
+    for shots in SHOTS:
+        answers = answer_with_examples(model, processor, asked, examples, shots)
+        right = sum(answer == record["answer"] for answer, record in zip(answers, asked, strict=True))
+        rows.append([str(shots), str(len(asked)), f"{right / len(asked):.1%}"])
+    return markdown_table(["examples in context", "questions", "exact match"], rows)
+
+
+@torch.inference_mode()
+def measure_codes(model: VWLMMForConditionalGeneration, processor: VWLMMProcessor, records: list[dict]) -> str:
+    """The codes' loss on held-out images beside the entropy of their frequencies, tokens, and the time of a step."""
+    total, positions, codes = 0.0, 0, []
+    texts = [f"{processor.image_token}{record['question']}" for record in records]
+    for start in range(0, len(records), 50):
+        batch = records[start : start + 50]
+        inputs = processor(
+            images=[Image.open(record["image"]) for record in batch],
+            text=texts[start : start + 50],
+            padding=True,
+            padding_side="right",
+            return_tensors="pt",
+        )
+        term = model(**inputs, visual_objective="codes", use_cache=False).terms["codes"]
+        total, positions = total + term.total.item(), positions + int(term.count)
+        codes += model.get_image_codes(inputs["pixel_values"])
+    counts = torch.cat(codes).bincount().double()
+    entropy = torch.special.entr(counts / counts.sum()).sum().item()
+    rows = [
+        ["loss of codes and [/IMG], nats", f"{total / positions:.3f}"],
+        ["entropy of the codes' frequencies, nats", f"{entropy:.3f}"],
+        ["tokens an image", f"{np.mean([len(image) for image in codes]):.1f} of 64"],
+        ["time of a training step / of one with 64 tokens", f"{time_steps(model, processor, records):.2f}"],
+    ]
+    return markdown_table([f"codes, {len(records)} images", ""], rows)
+
+
+def time_steps(model: VWLMMForConditionalGeneration, processor: VWLMMProcessor, records: list[dict]) -> float:
+    """The median time of a step that reads kept tokens, over that of one which reads all, in turn."""
+    batch = records[:16]
+    inputs = processor(
+        images=[Image.open(record["image"]) for record in batch],
+        text=[f"{processor.image_token}Question: {r['question']} Answer: {r['answer']}" for r in batch],
+        padding=True,
+        padding_side="right",
+        return_tensors="pt",
+    )
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    everything = torch.ones(len(batch), 64, dtype=torch.bool)
+    with torch.inference_mode(False):
+        model.train()
+        times: dict[str, list[float]] = {"kept": [], "all": []}
+        for _ in range(8):
+            for name, keep_mask in (("kept", None), ("all", everything)):
+                begun = time.perf_counter()
+                model(**inputs, labels=labels, keep_mask=keep_mask, use_cache=False).loss.backward()
+                times[name].append(time.perf_counter() - begun)
+        model.zero_grad()
+        model.eval()
+    return float(np.median(times["kept"]) / np.median(times["all"]))
+
+
+def draw_kept(file: Path, kept: torch.Tensor, records: list[dict], num_images: int = 8) -> None:
+    """Held-out images, and below each the patches that are kept of it (figure 3 of the paper)."""
+    figure, axes = plt.subplots(2, num_images, figsize=(1.6 * num_images, 3.6))
+    for index in range(num_images):
+        image = np.asarray(Image.open(records[index]["image"]))
+        mask = kept[index].reshape(8, 8).numpy().repeat(PATCH_SIZE, 0).repeat(PATCH_SIZE, 1)
+        axes[0, index].imshow(image)
+        axes[1, index].imshow(np.where(mask[..., None], image, 255))
+        axes[1, index].set_xlabel(f"{int(kept[index].sum())} of 64")
+        for axis in axes[:, index]:
+            axis.set(xticks=[], yticks=[])
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def draw_codes(file: Path, tokens: object, records: list[dict], num_codes: int = 8, num_patches: int = 6) -> None:
+    """Patches that share a code, each with its surroundings: a row for each of the most frequent codes."""
+    places = tokens.keep_mask.nonzero().tolist()
+    by_code: dict[int, list] = {}
+    for place, code in zip(places, tokens.code_ids.tolist(), strict=True):
+        by_code.setdefault(code, []).append(place)
+    frequent = sorted(by_code, key=lambda code: (-len(by_code[code]), code))[:num_codes]
+    figure, axes = plt.subplots(num_codes, num_patches, figsize=(1.3 * num_patches, 1.3 * num_codes))
+    for row, code in zip(axes, frequent, strict=True):
+        chosen = by_code[code][:: max(len(by_code[code]) // num_patches, 1)][:num_patches]
+        for axis, (image, patch) in zip(row, chosen, strict=True):
+            axis.imshow(np.asarray(Image.open(records[image]["image"])))
+            top, left = divmod(patch, 8)
+            corner = (left * PATCH_SIZE - 0.5, top * PATCH_SIZE - 0.5)
+            axis.add_patch(Rectangle(corner, PATCH_SIZE, PATCH_SIZE, fill=False, edgecolor="white", linewidth=2))
+            axis.set(xticks=[], yticks=[])
+        row[0].set_ylabel(f"code {code}")
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
