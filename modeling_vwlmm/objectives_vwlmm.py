@@ -450,7 +450,7 @@ class Codes(VisualWords):
         targets = inputs.batch["input_ids"].flatten()[positions.to(inputs.batch["input_ids"].device)]  # [K]
         targets = targets.to(inputs.hidden_states.device)
         if inputs.images is not None:
-            features, keep_mask = inputs.images["patch_features"], inputs.images["keep_mask"]  # [I, N, W], [I, N]
+            features, keep_mask = inputs.images["patch_features"], inputs.images.get("keep_mask")  # [I, N, W], [I, N]
             if keep_mask is None:
                 keep_mask = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
             codes = inputs.batch.get("image_codes")  # [I, N]

@@ -23,7 +23,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .codebook_vwlmm import Codebook
 from .configuration_vwlmm import VWLMMVisualTokenizerConfig
-from .vision_vwlmm import run_vision_tower
+from .vision_vwlmm import FrozenVisionTower, run_vision_tower
 
 
 # What keeps an attention over nothing finite, as in the authors' code: with all keys masked it is a plain mean.
@@ -254,7 +254,7 @@ class AttentionPool(nn.Module):
         return self.out_proj(pooled.transpose(1, 2).flatten(1))
 
 
-class VWLMMVisualTokenizer(PreTrainedModel):
+class VWLMMVisualTokenizer(FrozenVisionTower, PreTrainedModel):
     """
     Token selector, token merger, task layer, codebook and decoder on a frozen vision tower.
 
@@ -320,6 +320,11 @@ class VWLMMVisualTokenizer(PreTrainedModel):
         model = cls(VWLMMVisualTokenizerConfig(vision_config=vision.config, **config))
         model.vision_tower.load_state_dict(vision.state_dict())
         return model
+
+    def freeze_encoders(self) -> None:
+        """Freezes the vision tower."""
+        if self.borrowed_tower[0] is None:
+            self.vision_tower.requires_grad_(False)
 
     def encode_patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """The features of the frozen tower that everything here reads, of images `[I, 3, H, W]`: `[I, N, C]`."""

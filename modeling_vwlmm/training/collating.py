@@ -92,6 +92,11 @@ class VWLMMDataCollator(DataCollatorForVisionLanguageModeling):
         message = {"role": "user", "content": [*caption, {"type": "image"}], "is_caption": True}
         return {**sample, "messages": [message], TEXT_FIRST: True}
 
+    def count_image_tokens(self) -> int:
+        """Tokens of one image: its placeholders, and what the processor puts around them."""
+        around = self.processor.image_start_token + self.processor.image_end_token
+        return self.image_seq_length + len(self.processor.tokenizer(around, add_special_tokens=False)["input_ids"])
+
     def _check_rows(self, rows: list[list[dict[str, Any]]], lengths: torch.Tensor) -> None:
         for row, row_lengths in zip(rows, lengths.split([len(row) for row in rows]), strict=True):
             if len(row) > 1 and row_lengths.sum() > self.max_length:

@@ -139,7 +139,7 @@ def count_tokens(
         texts = processor.apply_chat_template(messages, chat_template=collator.chat_template)
         token_ids = processor.tokenizer(texts, add_special_tokens=False).input_ids
         # In the text an image is one placeholder.
-        further = (collator.image_seq_length - 1) * num_images[indices]
+        further = (collator.count_image_tokens() - 1) * num_images[indices]
         return {"length": [len(ids) + more for ids, more in zip(token_ids, further.tolist(), strict=True)]}
 
     counted = dataset.select_columns(columns).map(

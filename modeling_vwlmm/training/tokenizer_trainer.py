@@ -89,6 +89,8 @@ class VisualTokenizerTrainer(Trainer):
             raise TypeError(f"`model` is a {type(model).__name__}; stage 1 of LaVIT trains a VWLMMVisualTokenizer.")
         if processing_class is None:
             raise ValueError("`processing_class` is missing: pass the processor that makes pixel values of images.")
+        model.requires_grad_(True)  # also what an earlier run has frozen on the way
+        model.freeze_encoders()
         args.remove_unused_columns = False  # images become pixel values in the collator
         args.ddp_find_unused_parameters = True  # the selector is frozen on the way
         super().__init__(
@@ -129,8 +131,10 @@ class VisualTokenizerTrainer(Trainer):
         num_images = torch.tensor(sum(len(batch["pixel_values"]) for batch in batches), device=device)
         if self.accelerator.num_processes > 1:
             num_images = self.accelerator.reduce(num_images, "sum")
-        if self.has_codebook:
+        if self.has_codebook and any(weight.requires_grad for weight in self._tokenizer.selector.parameters()):
             self._tokenizer.selector.requires_grad_(False)
+            self._probabilities.clear()  # of what the selector was
+        if self.has_codebook:
             if batches and self.state.global_step == self.steps_until(self.args.continuous_steps):
                 self._start_codebook(batches, device)
         return batches, num_images
