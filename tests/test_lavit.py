@@ -378,6 +378,236 @@ class TestImageThatKeepsNothing:
         assert torch.equal(generated, lavit.generate(input_ids=compact, **ANSWER)[0, compact.shape[1] :])
 
 
+# The prompts that stand side by side, in `ids_of`'s form.
+LAYOUTS = {
+    "one image": [(None, PROMPTS[0])],
+    "left padding": [(None, PROMPTS[0]), (None, PROMPTS[1])],
+    "two images in a row": [(PROMPTS[1][:3], None, None, PROMPTS[0]), (None, PROMPTS[1])],
+    "text beside": [(PROMPTS[0],), (None, PROMPTS[1])],
+    "an image that keeps nothing": [(None, PROMPTS[0], None, PROMPTS[1])],
+}
+WAYS = {
+    "greedy": {},
+    "beams": {"num_beams": 4},
+    "beams_returned": {"num_beams": 3, "num_return_sequences": 2},
+    "sampling": {"do_sample": True, "top_k": 0, "temperature": 1.0},
+    "no_cache": {"use_cache": False},
+    "static_cache": {"cache_implementation": "static"},
+    "chunked_prefill": {"prefill_chunk_size": 5},
+}
+
+
+class TestDroppedPlaceholdersAreNotThere:
+    """
+    `N` placeholders an image, of which some are dropped, against the decoder by itself, Transformers' own and loaded
+    from the authors' file, that is given the kept features alone.
+    """
+
+    @pytest.fixture(scope="class")
+    def decoder(self) -> torch.nn.Module:
+        return AutoModelForCausalLM.from_pretrained(SOURCE / "language_model", dtype=torch.float32).eval()
+
+    @pytest.fixture(params=LAYOUTS)
+    def batch(self, request, golden) -> dict[str, torch.Tensor]:
+        return self.make_batch(golden, request.param)
+
+    def make_batch(self, golden: dict[str, torch.Tensor], layout: str) -> dict[str, torch.Tensor]:
+        rows = LAYOUTS[layout]
+        images = [1, 2] if "nothing" in layout else [0, 2, 1][: sum(part is None for row in rows for part in row)]
+        keep_mask = golden["extreme.keep_mask" if "nothing" in layout else "sampled.keep_mask"][images].bool()
+        pixel_values = golden["pixel_values"][images]
+        return {**pad_left([ids_of(*r) for r in rows]), "pixel_values": pixel_values, "keep_mask": keep_mask}
+
+    def make_compact(self, lavit, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The same without what is dropped, as embeddings, padded on the left."""
+        with torch.no_grad():
+            images = lavit.model.get_image_features(batch["pixel_values"], keep_mask=batch["keep_mask"])
+            is_image, kept = batch["input_ids"] == IMAGE, find_kept(batch)
+            embeds = lavit.get_input_embeddings()(batch["input_ids"].masked_fill(is_image, 0))
+            embeds[is_image] = torch.cat(list(images.pooler_output))
+        rows = [row[mask] for row, mask in zip(embeds, kept, strict=True)]
+        longest = max(map(len, rows))
+        padded = [F.pad(row, (0, 0, longest - len(row), 0)) for row in rows]
+        mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+        return {"inputs_embeds": torch.stack(padded), "attention_mask": torch.tensor(mask)}
+
+    def run_compact(self, decoder, compact: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Logits of all positions that are no padding, `[kept, C]`."""
+        mask = compact["attention_mask"]
+        positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
+        with torch.no_grad():
+            return decoder(**compact, position_ids=positions).logits[mask.bool()]
+
+    @pytest.mark.parametrize("pseudo", [False, True], ids=["features", "pseudo_image_features"])
+    @pytest.mark.parametrize("way", ["cache", "no_cache", "training"])
+    def test_logits(self, lavit, decoder, batch, way, pseudo):
+        lavit.config.use_pseudo_image_features = pseudo
+        expected = self.run_compact(decoder, self.make_compact(lavit, batch))
+        lavit.train(way == "training")
+        with torch.no_grad():
+            logits = lavit(**batch, **({} if way == "training" else {"use_cache": way == "cache"})).logits
+        assert logits.shape[:2] == batch["input_ids"].shape
+        assert_close(logits[find_kept(batch)], expected, **CLOSE)
+
+    @pytest.mark.parametrize("way", ["cache", "no_cache"])
+    def test_behind_a_dropped_position_stands_what_was_before(self, lavit, batch, way):
+        with torch.no_grad():
+            logits = lavit(**batch, use_cache=way == "cache").logits
+        kept = find_kept(batch)
+        for row, is_kept, is_token in zip(logits, kept, batch["attention_mask"].bool(), strict=True):
+            last = None
+            for position in is_token.nonzero().flatten().tolist():
+                last = position if is_kept[position] else last
+                assert torch.equal(row[position], row[last])
+
+    def test_position_ids_of_a_padded_batch_change_nothing(self, lavit, golden):
+        batch = self.make_batch(golden, "left padding")
+        mask = batch["attention_mask"]
+        for filler in (0, 1):
+            positions = (mask.cumsum(dim=1) - 1).masked_fill(mask == 0, filler)
+            for use_cache in (True, False):
+                with torch.no_grad():
+                    given = lavit(**batch, position_ids=positions, use_cache=use_cache).logits
+                    left_out = lavit(**batch, use_cache=use_cache).logits
+                assert_close(given[find_kept(batch)], left_out[find_kept(batch)], **CLOSE)
+
+    def test_training_reads_kept_positions_alone(self, lavit, golden):
+        batch = self.make_batch(golden, "left padding")
+        lengths = []
+        hook = lavit.model.language_model.register_forward_pre_hook(
+            lambda module, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+        )
+        lavit.train()(**batch)
+        hook.remove()
+        assert lengths == [find_kept(batch).sum(dim=1).max()]
+
+    def test_loss_and_gradients(self, lavit, decoder, golden):
+        batch = self.make_batch(golden, "left padding")
+        labels = batch["input_ids"].masked_fill(
+            (batch["attention_mask"] == 0) | (batch["input_ids"] > IMAGE_END), -100
+        )
+        labels[labels == IMAGE_START] = -100
+        lavit.train()(**batch, labels=labels).loss.backward()
+        compact = self.make_compact(lavit, batch)
+        mask = compact["attention_mask"].bool()
+        rows = torch.full(mask.shape, -100)
+        rows[mask] = labels[find_kept(batch)]
+        decoder.zero_grad()
+        logits = decoder(**compact, position_ids=(mask.long().cumsum(dim=1) - 1).clamp_min(0)).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten(), ignore_index=-100)
+        loss.backward()
+        assert_close(lavit(**batch, labels=labels).loss, loss, atol=1e-5, rtol=0)
+        theirs = dict(decoder.model.named_parameters())
+        for name, parameter in lavit.model.language_model.named_parameters():
+            if name != "embed_tokens.weight":  # which the decoder by itself was not asked for
+                assert_close(parameter.grad, theirs[name].grad, atol=1e-5, rtol=0, msg=name)
+        assert lavit.model.multi_modal_projector.linear.weight.grad.abs().max() > 0
+        assert all(parameter.grad is None for parameter in lavit.model.visual_tokenizer.parameters())
+
+    @pytest.mark.parametrize("way", WAYS)
+    def test_generate(self, lavit, decoder, batch, way):
+        options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, **WAYS[way]}
+        # How a cache is kept is for the model under test; what is right, the decoder says with its own.
+        plain = {
+            k: v for k, v in options.items() if k not in ("use_cache", "cache_implementation", "prefill_chunk_size")
+        }
+        set_seed(0)
+        expected = decoder.generate(**self.make_compact(lavit, batch), **plain)
+        set_seed(0)
+        generated = lavit.generate(**batch, **options)[:, batch["input_ids"].shape[1] :]
+        assert torch.equal(generated, expected)
+
+    @pytest.mark.parametrize("way", ["greedy", "beams", "sampling"])
+    def test_generate_with_pseudo_image_features(self, lavit, decoder, golden, way):
+        lavit.config.use_pseudo_image_features = True
+        self.test_generate(lavit, decoder, self.make_batch(golden, "left padding"), way)
+
+    def test_logits_while_it_generates(self, lavit, decoder, batch):
+        options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+        options |= {"return_dict_in_generate": True, "output_logits": True}
+        expected = decoder.generate(**self.make_compact(lavit, batch), **options).logits
+        for step, logits in enumerate(lavit.generate(**batch, **options).logits):
+            assert_close(logits, expected[step], **CLOSE)
+
+    @pytest.mark.parametrize("layout", ["one image", "an image that keeps nothing"])
+    def test_prompt_lookup(self, lavit, decoder, golden, layout):
+        batch = self.make_batch(golden, layout)
+        options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+        expected = decoder.generate(**self.make_compact(lavit, batch), **options)
+        generated = lavit.generate(**batch, **options, prompt_lookup_num_tokens=3)
+        assert torch.equal(generated[:, batch["input_ids"].shape[1] :], expected)
+
+    def test_packed_rows(self, lavit, decoder, golden):
+        batch = self.make_batch(golden, "left padding")
+        rows = [row[mask.bool()] for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+        packed = {
+            "input_ids": torch.cat(rows).unsqueeze(0),
+            "position_ids": torch.cat([torch.arange(len(row)) for row in rows]).unsqueeze(0),
+            "pixel_values": batch["pixel_values"],
+            "keep_mask": batch["keep_mask"],
+        }
+        expected = self.run_compact(decoder, self.make_compact(lavit, batch))
+        is_kept = find_kept({**packed, "attention_mask": torch.ones_like(packed["input_ids"])})
+        for training in (False, True):
+            with torch.no_grad():
+                logits = lavit.train(training)(**packed).logits
+            assert_close(logits[is_kept], expected, **CLOSE)
+
+    def test_a_mask_of_another_shape(self, lavit, golden):
+        batch = self.make_batch(golden, "one image")
+        batch["attention_mask"] = torch.ones(1, 1, 34, 34)
+        with pytest.raises(ValueError, match="another shape"):
+            lavit(**batch)
+
+
+class TestSlidingWindow:
+    """A window counts slots, those of dropped placeholders, too."""
+
+    @pytest.fixture(scope="class")
+    def mistral(self, loaded) -> VWLMMForConditionalGeneration:
+        text = {name: getattr(loaded.config.text_config, name) for name in ("hidden_size", "intermediate_size")}
+        text_config = MistralConfig(
+            **text,
+            vocab_size=IMAGE,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            sliding_window=8,
+            initializer_range=0.5,
+        )
+        set_seed(0)
+        config = VWLMMConfig(**{**loaded.config.to_dict(), "text_config": text_config})
+        model = VWLMMForConditionalGeneration(config).eval()
+        model.model.multi_modal_projector.load_state_dict(loaded.model.multi_modal_projector.state_dict())
+        return model
+
+    @pytest.fixture
+    def batch(self, golden) -> dict[str, torch.Tensor]:
+        batch = pad_left([ids_of(None, PROMPTS[0])])
+        return batch | {"pixel_values": golden["pixel_values"][:1], "keep_mask": golden["argmax.keep_mask"][:1]}
+
+    def test_refused_with_a_cache(self, mistral, batch):
+        for options in ({}, {"use_cache": True}):
+            with pytest.raises(ValueError, match="does not see all positions"):
+                mistral(**batch, **options)
+        for options in ({}, {"num_beams": 2}, {"cache_implementation": "static"}, {"use_cache": False}):
+            with pytest.raises(ValueError, match='selection="top_k"'):
+                mistral.generate(**batch, **options, max_new_tokens=2)
+
+    @pytest.mark.parametrize("training", [False, True])
+    def test_right_without_one(self, mistral, batch, training):
+        compact = TestDroppedPlaceholdersAreNotThere().make_compact(mistral, batch)["inputs_embeds"]
+        with torch.no_grad():
+            expected = mistral(inputs_embeds=compact).logits[0]
+            logits = mistral.train(training)(**batch, **({} if training else {"use_cache": False})).logits
+        mistral.eval()
+        assert_close(logits[find_kept(batch)], expected, **CLOSE)
+
+    def test_right_where_nothing_is_dropped(self, mistral):
+        ids = torch.tensor([ids_of(PROMPTS[0])])
+        assert mistral.generate(input_ids=ids, max_new_tokens=2, do_sample=False).shape == (1, ids.shape[1] + 2)
+
+
 class TestCodebook:
     @pytest.fixture
     def codebook(self) -> Codebook:
