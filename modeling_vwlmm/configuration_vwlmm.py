@@ -19,6 +19,10 @@ AUTO_MAP = {
     "AutoModelForImageTextToText": "modeling_vwlmm.VWLMMForConditionalGeneration",
     "AutoModelForMultimodalLM": "modeling_vwlmm.VWLMMForConditionalGeneration",
 }
+VISUAL_TOKENIZER_AUTO_MAP = {
+    "AutoConfig": "configuration_vwlmm.VWLMMVisualTokenizerConfig",
+    "AutoModel": "visual_tokenizer_vwlmm.VWLMMVisualTokenizer",
+}
 
 
 @strict
@@ -125,11 +129,13 @@ class VWLMMVisualTokenizerConfig(PreTrainedConfig):
         # DINOv2 names a factor in place of its width.
         self.intermediate_size = self.intermediate_size or getattr(vision, "intermediate_size", 4 * vision.hidden_size)
         self.condition_dims = self.condition_dims or []
-        self.auto_map = {
-            "AutoConfig": "configuration_vwlmm.VWLMMVisualTokenizerConfig",
-            "AutoModel": "visual_tokenizer_vwlmm.VWLMMVisualTokenizer",
-        }
+        self.auto_map = dict(VISUAL_TOKENIZER_AUTO_MAP)
         super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict:
+        """See `PreTrainedConfig.to_dict`."""
+        # Transformers takes a class with "Tokenizer" in its name for one of texts, and puts a pair of names here.
+        return super().to_dict() | {"auto_map": dict(VISUAL_TOKENIZER_AUTO_MAP)}
 
 
 @strict

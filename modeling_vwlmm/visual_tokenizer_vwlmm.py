@@ -273,7 +273,7 @@ class VWLMMVisualTokenizer(FrozenVisionTower, PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["Block"]
-    _keep_in_fp32_modules_strict = ["quantizer"]
+    _keep_in_fp32_modules_strict = ["quantizer.embedding"]
 
     def __init__(self, config: VWLMMVisualTokenizerConfig, vision_tower: PreTrainedModel | None = None) -> None:
         super().__init__(config)
