@@ -142,8 +142,8 @@ def load_tokenizer(
         num_known = backend.get_vocab_size()
         if backend.token_to_id(IMAGE_TOKEN) is not None:
             raise ValueError(
-                f"The tokenizer has {IMAGE_TOKEN} already, at id {backend.token_to_id(IMAGE_TOKEN)}, and [IMG], [/IMG] "
-                "and the codes stand in front of it. Pass the LLM's own tokenizer."
+                f"The tokenizer has {IMAGE_TOKEN} already, at id {backend.token_to_id(IMAGE_TOKEN)}, and [IMG], "
+                "[/IMG] and the codes stand in front of it. Pass the LLM's own tokenizer."
             )
         if num_text_tokens is not None and num_text_tokens < num_known:
             raise ValueError(

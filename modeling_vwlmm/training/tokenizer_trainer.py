@@ -134,9 +134,8 @@ class VisualTokenizerTrainer(Trainer):
         if self.has_codebook and any(weight.requires_grad for weight in self._tokenizer.selector.parameters()):
             self._tokenizer.selector.requires_grad_(False)
             self._probabilities.clear()  # of what the selector was
-        if self.has_codebook:
-            if batches and self.state.global_step == self.steps_until(self.args.continuous_steps):
-                self._start_codebook(batches, device)
+        if batches and self.state.global_step == self.steps_until(self.args.continuous_steps):
+            self._start_codebook(batches, device)
         return batches, num_images
 
     def _start_codebook(self, batches: list[dict[str, Any]], device: torch.device) -> None:
