@@ -5,6 +5,7 @@
 import copy
 import math
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -111,6 +112,14 @@ class TestLogs:
         assert first["seconds_left"] == pytest.approx(images / first["images_per_second"], rel=1e-6)
         assert second["seconds_left"] == 0
         assert second["total_flos"] == pytest.approx(2 * first["total_flos"], rel=0.1)
+
+    @pytest.mark.parametrize("checkpointing", [False, True])
+    def test_no_library_warns_of_what_it_will_drop(self, make_trainer, checkpointing):
+        trainer = make_trainer(gradient_checkpointing=checkpointing)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*gradient_checkpointing.*deprecated", FutureWarning)
+            trainer.train()
+        assert (trainer._make_no_cache({}) is None) == checkpointing
 
 
 class Spoil(TrainerCallback):

@@ -405,7 +405,9 @@ class VWLMMTrainer(SavesWholeCheckpoints, LoadsInOrder, SFTTrainer):
         layer_types = set(getattr(self._config.text_config, "layer_types", None) or ["full_attention"])
         is_plain = "attention_mask" not in inputs and "position_ids" not in inputs
         is_attention = layer_types <= {"full_attention", "sliding_attention"}
-        return NoCache() if is_plain and is_attention and not self._base_model.is_gradient_checkpointing else None
+        # Not by `is_gradient_checkpointing`, which is deprecated, nor by what replaces it, which 5.19 does not know.
+        checkpoints = any(getattr(module, "gradient_checkpointing", False) for module in self._base_model.modules())
+        return NoCache() if is_plain and is_attention and not checkpoints else None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """See `Trainer.log`. In training it adds the mean of each loss and metric since the last."""
