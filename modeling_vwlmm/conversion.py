@@ -176,7 +176,7 @@ def _complete_folder(output: Path) -> Iterator[Path]:
         if not is_there:
             incomplete.replace(output)
             return
-        # It stays what it is: a mounted volume, or the working folder. `config.json`, by which it is known, comes last.
+        # It stays what it is: a mounted volume, or the working folder. `config.json` comes last.
         for path in sorted(incomplete.iterdir(), key=lambda path: path.name == "config.json"):
             path.replace(output / path.name)
 
