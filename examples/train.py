@@ -11,11 +11,13 @@ Any line of a recipe can be overridden on the command line (`--learning_rate 1e-
 
 import contextlib
 import json
+import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from check import check, make_model
+from check import CheckingReader, check, make_model
 from datasets import Dataset
 from transformers import PreTrainedModel, set_seed
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
@@ -64,15 +66,21 @@ class ScriptArguments:
     check: bool = field(
         default=False, metadata={"help": "A dry run: print what the recipe makes of its data, and train nothing."}
     )
+    num_processes: int | None = field(
+        default=None, metadata={"help": "With `check`: processes of the run. By default those of this launch."}
+    )
+    tflops: float | None = field(
+        default=None, metadata={"help": "With `check`: TFLOP/s that a device reaches in training, for the time."}
+    )
 
 
-def load_data(script_args: ScriptArguments, seed: int) -> Dataset:
+def load_data(script_args: ScriptArguments, seed: int, read: Callable[..., Dataset] = load_llava_dataset) -> Dataset:
     """The dataset of a recipe, or its mixture, whose fractions of datasets are drawn by `seed`."""
     on_bad_image, entries = script_args.on_bad_image, script_args.datasets
     if entries is None:
         if script_args.json_file is None or script_args.image_folder is None:
             raise ValueError("Found no data: pass either `datasets` or `json_file` and `image_folder`.")
-        return load_llava_dataset(script_args.json_file, script_args.image_folder, on_bad_image=on_bad_image)
+        return read(script_args.json_file, script_args.image_folder, on_bad_image=on_bad_image)
 
     if script_args.json_file is not None or script_args.image_folder is not None:
         raise ValueError(
@@ -87,9 +95,7 @@ def load_data(script_args: ScriptArguments, seed: int) -> Dataset:
         )
     for entry in entries:
         _check_entry(entry)
-    datasets = [
-        load_llava_dataset(entry["json_file"], entry["image_folder"], on_bad_image=on_bad_image) for entry in entries
-    ]
+    datasets = [read(entry["json_file"], entry["image_folder"], on_bad_image=on_bad_image) for entry in entries]
     return mix_datasets(datasets, [entry.get("weight", 1) for entry in entries], seed)
 
 
@@ -135,10 +141,11 @@ def _check_entry(entry: dict[str, Any]) -> None:
         )
 
 
-def _check(
-    script_args: ScriptArguments, training_args: VWLMMTrainingArguments, model_args: ModelConfig, dataset: Dataset
-) -> int:
+def _check(script_args: ScriptArguments, training_args: VWLMMTrainingArguments, model_args: ModelConfig) -> int:
     """The exit status: 1 if a sample would stop the run."""
+    reader = CheckingReader()
+    dataset = load_data(script_args, training_args.seed, reader)
+    training_args.check_columns(dataset)
     name, parts = model_args.model_name_or_path, (script_args.vision_tower, script_args.language_model)
     if name is None:
         template = script_args.conversation_template or "vicuna_v1"
@@ -146,7 +153,9 @@ def _check(
     else:
         processor = VWLMMProcessor.from_pretrained(name)
     model = make_model(name, *parts, processor.image_token_id)
-    return int(check(dataset, training_args, processor, model) > 0)
+    num_processes = script_args.num_processes or int(os.environ.get("WORLD_SIZE", 1))
+    refused = check(dataset, training_args, processor, model, model_args, reader, num_processes, script_args.tflops)
+    return int(refused > 0)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -154,10 +163,10 @@ def main(args: list[str] | None = None) -> None:
     parser = TrlParser((ScriptArguments, VWLMMTrainingArguments, ModelConfig))
     script_args, training_args, model_args = parser.parse_args_and_config(args)
     set_seed(training_args.seed)  # stage I draws adapter and VM head
+    if script_args.check:
+        sys.exit(_check(script_args, training_args, model_args))
     dataset = load_data(script_args, training_args.seed)
     training_args.check_columns(dataset)  # before any weight is loaded
-    if script_args.check:
-        sys.exit(_check(script_args, training_args, model_args, dataset))
     model, processor = load_model(script_args, training_args, model_args)
     if script_args.use_pseudo_image_features is not None:
         model.config.use_pseudo_image_features = script_args.use_pseudo_image_features

@@ -168,13 +168,20 @@ def check_is_free(output: Path) -> None:
 
 @contextmanager
 def complete_folder(output: Path) -> Iterator[Path]:
-    """A folder to write, which becomes `output` when everything is in it."""
+    """A folder to write, which becomes `output`, or fills it where it is there, when everything is in it."""
+    output = output.resolve()  # behind a link
+    is_there = output.exists()
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
+    with tempfile.TemporaryDirectory(dir=output if is_there else output.parent, prefix=f".{output.name}-") as folder:
         incomplete = Path(folder) / output.name
         incomplete.mkdir()
         yield incomplete
-        incomplete.replace(output)
+        if not is_there:
+            incomplete.replace(output)
+            return
+        # It stays what it is: a mounted volume, or the working folder. `config.json` comes last.
+        for path in sorted(incomplete.iterdir(), key=lambda path: path.name == "config.json"):
+            path.replace(output / path.name)
 
 
 def _read_official_config(source: Path) -> dict:

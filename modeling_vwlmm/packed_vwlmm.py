@@ -21,7 +21,8 @@ def keep_samples_apart(
     Reads the device where a cache or a mask could come, which is not so in a step of training.
 
     Args:
-        position_ids (`torch.LongTensor` of shape `[B, L]`, *optional*): Positions, from 0 again in every sample.
+        position_ids (`torch.LongTensor` of shape `[B, L]` or `[1, L]`, *optional*): Positions, from 0 again in every
+            sample.
         attention_mask (`torch.Tensor` of shape `[B, L]`, *optional*): Whether each position is a token.
         past_key_values (`Cache`, *optional*): What the decoder has read before.
         use_cache (`bool`, *optional*): Whether it is to remember what it reads.
@@ -36,8 +37,13 @@ def keep_samples_apart(
     is_told = attention_mask is None and past_key_values is None and use_cache is False
     if position_ids is None or position_ids.ndim != 2 or is_told or torch.compiler.is_compiling():
         return arguments
-    if attention_mask is not None and attention_mask.shape != position_ids.shape:  # of more than these positions
-        return arguments
+    if attention_mask is not None:
+        if (
+            attention_mask.ndim != 2 or attention_mask.shape[1] != position_ids.shape[1]
+        ):  # of more than these positions
+            return arguments
+        if len(position_ids) == 1:  # those of every row
+            position_ids = position_ids.expand(len(attention_mask), -1)
     starts = position_ids.diff(dim=1) != 1  # [B, L - 1]
     if attention_mask is not None:
         starts &= (attention_mask[:, 1:] != 0) & (attention_mask[:, :-1] != 0)

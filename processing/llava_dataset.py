@@ -86,7 +86,7 @@ def load_llava_dataset(
         parts, as `VWLMMProcessor.apply_chat_template` takes them) and `images` (decoded when a row is used, with its
         EXIF orientation applied; empty for a text-only sample). If a record has `image_labels`, there is a column of
         that name, `[images][N]`, `None` for records without: integers, or if there is a word in the file strings, and
-        the ids among them in digits.
+        the ids among them in digits. Its attribute `num_skipped_samples` counts those that are left out.
 
     Raises:
         ValueError: If a record is malformed (with its index and the field), if its numbers of `<image>`, of images and
@@ -110,6 +110,7 @@ def load_llava_dataset(
     # Of the content alone, wherever it lies: by it a checkpoint knows its data again on another machine.
     content = repr((CACHE_VERSION, json_digest, notes["content"]))
     dataset._fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
+    dataset.num_skipped_samples = notes["skipped"]
     if notes["bad_images"]:
         shown = "".join(f"\n  {path}: {reason}" for path, reason in list(notes["bad_images"].items())[:5])
         warnings.warn(
@@ -118,6 +119,42 @@ def load_llava_dataset(
             stacklevel=2,
         )
     return dataset
+
+
+def find_rejected(
+    json_file: str | os.PathLike, image_folder: str | os.PathLike, num_threads: int | None = None
+) -> dict[int, tuple[str, str, bool]]:
+    """
+    All records that [`load_llava_dataset`] would refuse, of which it names the first, or leave out.
+
+    Args:
+        json_file, image_folder, num_threads: As in [`load_llava_dataset`].
+
+    Returns:
+        `dict[int, tuple[str, str, bool]]`: By the record's index its id, what is wrong with it, and whether
+        `on_bad_image="skip"` leaves it out.
+
+    Raises:
+        ValueError: If the file is no JSON list of records.
+    """
+    image_folder = Path(image_folder).resolve()
+    rejected, uses = {}, {}
+    for index, record in enumerate(_read_records(json_file)):
+        name = str(record.get("id")) if isinstance(record, dict) else f"record {index}"
+        try:
+            row = _row(index, record, image_folder)
+        except ValueError as error:
+            rejected[index] = name, str(error).partition(": ")[2], False
+        else:
+            for image in row["images"]:
+                uses.setdefault(image["path"], []).append((index, name))
+    tasks = [(path, image_folder) for path in uses]
+    with ThreadPool(num_threads) as pool:
+        for (path, _), (leaves, problem) in zip(tasks, pool.imap(_check_image, tasks, chunksize=32), strict=True):
+            if problem:
+                reason = "an image is a link that leaves the image folder" if leaves else f"bad image: {problem}"
+                rejected |= {index: (name, reason, not leaves) for index, name in uses[path]}
+    return rejected
 
 
 def _make(

@@ -54,6 +54,7 @@ def mix_datasets(datasets: Sequence[Dataset], weights: Sequence[float], seed: in
     if not parts:
         raise ValueError(f"No sample is left: {list(weights)} of {[len(dataset) for dataset in datasets]} samples.")
     mixed = concatenate_datasets(parts)
+    mixed.num_skipped_samples = sum(getattr(dataset, "num_skipped_samples", 0) for dataset in datasets)
     content = repr(([dataset._fingerprint for dataset in datasets], [float(weight) for weight in weights], seed))
     mixed._fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
     return mixed

@@ -2,15 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The dry run of a recipe."""
 
+import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from modeling_vwlmm import VWLMMTrainer
-from modeling_vwlmm.training.collating import VWLMMDataCollator
 from processing_vwlmm import llava_dataset
 
 
@@ -52,15 +51,55 @@ def test_good_data(dry_run, options, way):
     assert re.search(rf"padding of the first epoch's batches \({way}\): \d+\.\d%", printed)
     if way != "packed":
         assert "optimizer steps: 3\n" in printed
-    assert "time: not estimated" in printed
+    assert re.search(r"reading: \d+\.\d samples/s .*\nFLOPs of the run: \d\.\d+e\+\d+\ntime: without", printed)
 
 
-def test_samples_that_would_stop_the_run(dry_run, monkeypatch):
-    def refuse(self: VWLMMDataCollator, samples: list[dict[str, Any]]) -> None:
-        raise ValueError("no good")
+def number(pattern: str, printed: str) -> float:
+    return float(re.search(pattern, printed)[1])
 
-    monkeypatch.setattr(VWLMMDataCollator, "_collate", refuse)
+
+def test_samples_that_would_stop_the_run(dry_run, tmp_path):
+    records = json.loads((tmp_path / "captions.json").read_text())
+    image = tmp_path / "images" / records[0]["image"]
+    image.write_bytes(image.read_bytes()[:-40])  # truncated
+    uses = sum(record.get("image") == records[0]["image"] for record in records)
+    del records[1]["conversations"]
+    (tmp_path / "captions.json").write_text(json.dumps(records))
     code, printed = dry_run()
     assert code == 1
-    assert re.search(r"12 samples, 12 would stop the run\n  12: no good \('[^']+', '[^']+', '[^']+'\)\n", printed)
+    assert f"12 samples, {uses + 1} would stop the run" in printed
+    assert f"  1: 'conversations' is missing, expected a list of turns ({records[1]['id']!r})" in printed
+    assert f"  {uses}: bad image: " in printed
     assert "optimizer steps" not in printed
+    code, printed = dry_run("--on_bad_image", "skip")
+    assert code == 1
+    assert "12 samples, 1 would stop the run" in printed
+    assert f"{uses} would be skipped" in printed
+
+
+def test_processes_and_time(dry_run):
+    _, one = dry_run("--tflops", "1e-6", "--gradient_accumulation_steps", "1", "--global_batch_size", "2")
+    options = ("--tflops", "1e-6", "--gradient_accumulation_steps", "1", "--global_batch_size", "2")
+    _, three = dry_run(*options, "--num_processes", "3")
+    assert "optimizer steps: 6" in one
+    assert "optimizer steps: 2" in three
+    hours = [number(r"time: (\S+) h at 1e-06 TFLOP/s", printed) for printed in (one, three)]
+    assert hours[0] == pytest.approx(3 * hours[1], rel=0.02)
+    flops = number(r"FLOPs of the run: (\S+)", one)
+    assert hours[0] == pytest.approx(flops / 1e6 / 3600, rel=0.02)
+
+
+def test_padding_to_a_multiple(dry_run):
+    shares = [
+        number(r"batches \(plain\): (\S+)%", dry_run(*options)[1]) for options in ((), ("--pad_to_multiple_of", "512"))
+    ]
+    assert shares[0] < shares[1]
+
+
+def test_memory(dry_run):
+    decoder = ("--stage", "2", "--chat_template", "plain")
+    lora = (*decoder, "--use_peft", "--lora_target_modules", "all-linear", "--lora_r", "2")
+    ways = [decoder, (*decoder, "--dtype", "bfloat16"), lora, (*lora, "--load_in_4bit")]
+    whole, half, adapters, narrow = (number(r"unsharded: (\S+) GB", dry_run(*options)[1]) for options in ways)
+    assert half == pytest.approx(whole / 2, rel=0.05, abs=0.001)
+    assert whole > adapters >= narrow

@@ -218,6 +218,42 @@ class TestConfigAndProcessor:
         assert VWLMMForConditionalGeneration.from_pretrained(output).generation_config.eos_token_id == 2
 
 
+class TestEmptyFolders:
+    """What is empty is free, and stays what it is."""
+
+    @pytest.fixture(params=["folder", "link", "link_to_nothing", "working_folder"])
+    def empty(self, request, tmp_path, monkeypatch):
+        folder = tmp_path / "volume" / "folder"
+        folder.mkdir(parents=True)
+        if request.param == "folder":
+            return folder
+        if request.param == "working_folder":
+            monkeypatch.chdir(folder)
+            return Path(".")
+        if request.param == "link_to_nothing":
+            folder.rmdir()
+        link = tmp_path / "link"
+        link.symlink_to(folder, target_is_directory=True)
+        return link
+
+    def test_is_filled(self, source, vicuna, empty, tmp_path):
+        was_link, inode = empty.is_symlink(), empty.exists() and empty.stat().st_ino
+        convert_official_checkpoint(source, empty)
+        assert_same_weights(empty, vicuna)
+        assert empty.is_symlink() == was_link
+        assert inode in (False, empty.stat().st_ino)
+        assert {path.name for path in empty.iterdir()} == {path.name for path in Path(vicuna).iterdir()}
+        assert [path.name for path in (tmp_path / "volume").iterdir()] == ["folder"]
+
+    def test_stays_empty_where_a_conversion_fails(self, source, empty):
+        weights = read_weights(source)
+        weights["unknown"] = torch.ones(1)
+        write_weights(source, weights)
+        with pytest.raises(ValueError, match="unknown"):
+            convert_official_checkpoint(source, empty)
+        assert not empty.exists() or not list(empty.iterdir())
+
+
 class TestErrors:
     def test_output_exists(self, source, output):
         output.mkdir(parents=True)

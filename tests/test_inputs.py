@@ -68,6 +68,16 @@ class TestPackedRows:
         with pytest.raises(ValueError, match=found):
             model(**row, **copy.deepcopy(options))
 
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_several_rows_with_the_same_positions(self, model, row, masked):
+        """Positions of shape `[1, L]`, beside a mask or none of `[B, L]`."""
+        rows = torch.cat([row["input_ids"], row["input_ids"].flip(1)])
+        mask = {"attention_mask": torch.ones_like(rows)} if masked else {}
+        with torch.no_grad():
+            apart = torch.cat([model(input_ids=rows[:, :12]).logits, model(input_ids=rows[:, 12:]).logits], dim=1)
+            found = model(input_ids=rows, position_ids=row["position_ids"], **mask)
+        assert_close(found.logits, apart, atol=1e-5, rtol=1e-5)
+
     def test_one_sample_has_its_cache(self, model, row):
         """Also with positions and a mask of its own, as left padding has them."""
         ids = row["input_ids"]

@@ -3,19 +3,22 @@
 """What a run logs beside its losses, and what stops it."""
 
 import copy
+import json
 import math
 import time
+import warnings
 
 import numpy as np
 import pytest
 import torch
-from conftest import BY_HAND
+from conftest import BY_HAND, make_image
 from peft import LoraConfig
 from transformers import TrainerCallback
 
 from modeling_vwlmm import VWLMMTrainer, VWLMMTrainingArguments
 from modeling_vwlmm.training import BenchmarkCallback, TrainingDiverged
 from modeling_vwlmm.training.watching import History
+from processing_vwlmm import llava_dataset, mix_datasets
 
 
 @pytest.fixture
@@ -111,6 +114,28 @@ class TestLogs:
         assert first["seconds_left"] == pytest.approx(images / first["images_per_second"], rel=1e-6)
         assert second["seconds_left"] == 0
         assert second["total_flos"] == pytest.approx(2 * first["total_flos"], rel=0.1)
+
+    def test_samples_that_were_skipped(self, make_trainer, tmp_path, monkeypatch, dataset):
+        monkeypatch.setattr(llava_dataset, "HF_DATASETS_CACHE", tmp_path / "cache")
+        make_image(0).save(tmp_path / "good.png")
+        (tmp_path / "bad.png").write_bytes(b"no image")
+        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "This."}]
+        records = [{"id": i, "image": n, "conversations": turns} for i, n in enumerate(["good.png", "bad.png"] * 2)]
+        (tmp_path / "data.json").write_text(json.dumps(records))
+        with pytest.warns(UserWarning, match="left out 2 of 4"):
+            skips = llava_dataset.load_llava_dataset(tmp_path / "data.json", tmp_path, on_bad_image="skip")
+        for data, expected in ((skips, 2), (mix_datasets([skips, skips], [1, 2]), 4), (dataset, None)):
+            trainer = make_trainer(train_dataset=data, max_steps=1)
+            trainer.train()
+            assert [entry.get("skipped_samples") for entry in logs(trainer)] == [expected]
+
+    @pytest.mark.parametrize("checkpointing", [False, True])
+    def test_no_library_warns_of_what_it_will_drop(self, make_trainer, checkpointing):
+        trainer = make_trainer(gradient_checkpointing=checkpointing)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*gradient_checkpointing.*deprecated", FutureWarning)
+            trainer.train()
+        assert (trainer._make_no_cache({}) is None) == checkpointing
 
 
 class Spoil(TrainerCallback):

@@ -84,7 +84,7 @@ class VWLMMTrainer(SavesWholeCheckpoints, LoadsInOrder, SFTTrainer):
     `num_image_positions` behind them, `visual_word_entropy` (nats) and `padding_share`, all since the last log; the
     norms of the gradients by part, before clipping, of the last step (`decoder_grad_norm`, ...; not with DeepSpeed);
     `tokens_per_second` and `images_per_second` of all processes, `data_wait_share`, `seconds_left`, `memory_gib` and
-    `total_flos`.
+    `total_flos`; and `skipped_samples`, which the dataset has left out when it was read, where it has such a number.
 
     `train_sampling_strategy="group_by_length"` makes batches of similar length and one modality. `packing=True` puts
     samples of the whole dataset, images included, into rows of up to `max_length` tokens, without attention across
@@ -237,6 +237,7 @@ class VWLMMTrainer(SavesWholeCheckpoints, LoadsInOrder, SFTTrainer):
             logger.warning("`packing` of streamed data puts the samples of a micro-batch into one row, and no others.")
         self._loss_of_step = 0.0
         self._data = describe_data(train_dataset)
+        self._num_skipped_samples = getattr(train_dataset, "num_skipped_samples", None)
         self._num_steps_taken = 0
         self._is_saving = False
         self._stop_signals = StopSignals()
@@ -428,7 +429,9 @@ class VWLMMTrainer(SavesWholeCheckpoints, LoadsInOrder, SFTTrainer):
         layer_types = set(getattr(self._config.text_config, "layer_types", None) or ["full_attention"])
         is_plain = "attention_mask" not in inputs and "position_ids" not in inputs
         is_attention = layer_types <= {"full_attention", "sliding_attention"}
-        return NoCache() if is_plain and is_attention and not self._base_model.is_gradient_checkpointing else None
+        # Not by `is_gradient_checkpointing`, which is deprecated, nor by what replaces it, which 5.19 does not know.
+        checkpoints = any(getattr(module, "gradient_checkpointing", False) for module in self._base_model.modules())
+        return NoCache() if is_plain and is_attention and not checkpoints else None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """See `Trainer.log`. In training it adds the mean of each loss and metric since the last."""
@@ -436,6 +439,8 @@ class VWLMMTrainer(SavesWholeCheckpoints, LoadsInOrder, SFTTrainer):
             logs |= self._stopwatch.pop(self.state, means.pop("num_tokens"), means.pop("num_images"))
             logs |= means | {name: norm.item() for name, norm in self._grad_norms.items()}
             logs |= {"memory_gib": measure_memory(self.args.device), "total_flos": self.state.total_flos}
+            if self._num_skipped_samples is not None:
+                logs["skipped_samples"] = self._num_skipped_samples
         super().log(logs, start_time)
 
     def evaluation_loop(
