@@ -62,7 +62,7 @@ def check_attention_reaches_all(config: PreTrainedConfig) -> None:
         raise ValueError(
             f"This decoder ({config.model_type}) does not see all positions from all of its layers, so that dropped "
             "image tokens cannot be masked while there is a cache. Keep a fixed number of them, with "
-            '`selection="top_k"` of the visual tokenizer, or call with `use_cache=False`.'
+            '`selection="top_k"` of the visual tokenizer, or call `forward` with `use_cache=False`.'
         )
 
 

@@ -99,10 +99,17 @@ class EncodesImages:
         Returns:
             [`VWLMMImageFeaturesOutput`] without what the tower alone knows.
         """
+        keeps_fixed_number = False
         if keep_mask is not None:
             keep_mask = keep_mask.to(patch_features.device).bool()
+            if num_patches is None and keep_mask.shape != patch_features.shape[:2]:
+                raise ValueError(
+                    f"`keep_mask` has shape {tuple(keep_mask.shape)}; expected {tuple(patch_features.shape[:2])}, one "
+                    "value for each patch of each image."
+                )
         elif drops_tokens(self.config):
             keep_mask = self.visual_tokenizer.select_patches(patch_features)
+            keeps_fixed_number = self.visual_tokenizer.config.selection == "top_k"
         adapted = adapt(self.multi_modal_projector, patch_features, num_patches, keep_mask)
         read = adapted.image_features  # I x [N, D]
         if self.config.use_pseudo_image_features:
@@ -112,7 +119,14 @@ class EncodesImages:
         if read_as_codes is not None:
             codes = self._embed_codes(patch_features, adapted.keep_mask)  # [I, N, D]
             read = list(torch.where(read_as_codes.to(codes.device)[:, None, None], codes, torch.stack(list(read))))
-        return VWLMMImageFeaturesOutput(pooler_output=read, patch_features=patch_features, **adapted)
+        adapted = {**adapted, "pooler_output": read, "patch_features": patch_features}
+        if keeps_fixed_number:
+            # The processor writes a placeholder for each token that is kept, and none for others.
+            for name in ("pooler_output", "image_features"):
+                adapted[name] = [rows[kept] for rows, kept in zip(adapted[name], keep_mask, strict=True)]
+            adapted["patch_features"] = patch_features[keep_mask].unflatten(0, (len(keep_mask), -1))  # [I, kept, W]
+            adapted["keep_mask"] = None
+        return VWLMMImageFeaturesOutput(**adapted)
 
     def _pseudo_image_features(self, image_features: torch.Tensor) -> torch.Tensor:
         embeddings = self.get_vocabulary_embeddings(image_features.device)  # [C, D]

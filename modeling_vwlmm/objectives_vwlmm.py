@@ -451,6 +451,12 @@ class Codes(VisualWords):
         targets = targets.to(inputs.hidden_states.device)
         if inputs.images is not None:
             features, keep_mask = inputs.images["patch_features"], inputs.images.get("keep_mask")  # [I, N, W], [I, N]
+            if features.shape[1] != tokenizer.config.num_patches:
+                raise ValueError(
+                    f"The objective `codes` makes codes of {tokenizer.config.num_patches} patches, and finds "
+                    f'{features.shape[1]} features an image: those that `selection="top_k"` keeps. Train with '
+                    "another selection, and `top_k` afterwards."
+                )
             if keep_mask is None:
                 keep_mask = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
             codes = inputs.batch.get("image_codes")  # [I, N]

@@ -322,6 +322,29 @@ class TestSelection:
         for row, mask in zip(kept, keep_mask, strict=True):
             assert row[mask].min() >= row[~mask].max() if (~mask).any() else True
 
+    @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"use_cache": False}], ids=str)
+    def test_top_k_needs_no_mask(self, lavit, tokenizer, golden, options):
+        """The processor writes as many placeholders as are kept, and the model reads these."""
+        tokenizer.config.selection = "top_k"
+        processor = VWLMMProcessor.from_visual_tokenizer(
+            tokenizer.config, SOURCE / "language_model", num_text_tokens=IMAGE_START
+        )
+        text = [f"<image>{prompt}" for prompt in EXPECTED["prompts"]]
+        inputs = processor(images=[[make_image(1)], [make_image(2)]], text=text, padding=True, return_tensors="pt")
+        inputs["pixel_values"] = golden["pixel_values"][:2]
+        assert (inputs["input_ids"] == IMAGE).sum(dim=1).tolist() == [5, 5]
+        masked = pad_left([ids_of(None, prompt) for prompt in PROMPTS]) | {"pixel_values": inputs["pixel_values"]}
+        masked["keep_mask"] = tokenizer.encode(inputs["pixel_values"]).keep_mask
+        generated = lavit.generate(**inputs, **ANSWER, **options)[:, inputs["input_ids"].shape[1] :]
+        expected = lavit.generate(**masked, **ANSWER, **options)[:, masked["input_ids"].shape[1] :]
+        assert torch.equal(generated, expected)
+        with torch.no_grad():
+            logits = lavit(**inputs).logits[inputs["attention_mask"].bool()]
+            assert_close(logits, lavit(**masked).logits[find_kept(masked)], **CLOSE)
+        assert len(lavit.get_visual_words(inputs["pixel_values"]).token_ids[0]) == 5
+        with pytest.raises(ValueError, match="finds 5 features an image"):
+            lavit(**inputs, labels=inputs["input_ids"], visual_objective="codes")
+
     def test_draw_is_repeated_and_does_not_know_its_neighbours(self, tokenizer, golden):
         images = golden["pixel_values"]
         tokenizer.config.selection = "sample"
@@ -552,6 +575,12 @@ class TestDroppedPlaceholdersAreNotThere:
             with torch.no_grad():
                 logits = lavit.train(training)(**packed).logits
             assert_close(logits[is_kept], expected, **CLOSE)
+
+    @pytest.mark.parametrize("shape", [(1, 15), (2, 16), (16,)])
+    def test_keep_mask_of_another_shape(self, lavit, golden, shape):
+        batch = {**self.make_batch(golden, "one image"), "keep_mask": torch.ones(shape)}
+        with pytest.raises(ValueError, match="`keep_mask` has shape"):
+            lavit(**batch)
 
     def test_a_mask_of_another_shape(self, lavit, golden):
         batch = self.make_batch(golden, "one image")
