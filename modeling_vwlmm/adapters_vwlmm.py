@@ -96,6 +96,11 @@ def drops_tokens(config: VWLMMConfig) -> bool:
     return getattr(ADAPTERS[config.adapter], "drops_tokens", False)
 
 
+def selects_tokens(config: VWLMMConfig) -> bool:
+    """Whether it depends on an image how many tokens it has."""
+    return drops_tokens(config) and config.visual_tokenizer_config.selection != "top_k"
+
+
 def adapt(
     adapter: nn.Module,
     patch_features: torch.Tensor,

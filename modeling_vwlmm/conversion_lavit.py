@@ -78,8 +78,8 @@ TOWER_NAMES = {
     r"^norm\.": "post_layernorm.",
 }
 LANGUAGE_MODEL_NAMES = {r"^model\.": "model.language_model."}
-# The tower's classifier, which nothing reads.
-UNUSED = ("head.",)
+# The tower's classifier, which nothing reads, and a second copy of the tower, which the authors' code reads over.
+UNUSED = ("head.", "encoder.", "visual_encoder.")
 # Numbers of one attention head: 88 in EVA-CLIP's ViT-g/14, 64 in others. No file says how many heads there are.
 HEAD_SIZES = (88, 64, 16)
 
@@ -166,6 +166,7 @@ def _read(file: Path, names: dict) -> dict[str, torch.Tensor]:
     tensors = {}
     for name, tensor in read_bin(file):
         if name.startswith(UNUSED):
+            logger.info(f"{file} has {name}, which nothing reads. It is left out.")
             continue
         for pattern, replacement in names.items():
             name = re.sub(pattern, replacement, name)

@@ -449,7 +449,7 @@ class Codes(VisualWords):
         positions = inputs.positions_of(self)  # [K]
         targets = inputs.batch["input_ids"].flatten()[positions.to(inputs.batch["input_ids"].device)]  # [K]
         targets = targets.to(inputs.hidden_states.device)
-        if inputs.images is not None:
+        if inputs.images is not None and len(inputs.images["patch_features"]):
             features, keep_mask = inputs.images["patch_features"], inputs.images.get("keep_mask")  # [I, N, W], [I, N]
             if features.shape[1] != tokenizer.config.num_patches:
                 raise ValueError(

@@ -15,11 +15,18 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import gather_object
+from conftest import GOLDEN
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from safetensors.torch import load_file
 from test_distributed import FSDP, ZERO3, run_python, shard_on_cpu
 
-from modeling_vwlmm import VWLMMForConditionalGeneration, VWLMMTrainer, VWLMMTrainingArguments
+from modeling_vwlmm import (
+    VWLMMForConditionalGeneration,
+    VWLMMTrainer,
+    VWLMMTrainingArguments,
+    convert_lavit_checkpoint,
+)
+from modeling_vwlmm.training import tokenize_images
 from processing_vwlmm import VWLMMProcessor
 
 
@@ -35,6 +42,7 @@ MODES = {
     "dropped": {"dataloader_drop_last": True},
 }
 ZERO2 = {**ZERO3, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+LONG = pytest.mark.skipif("LONG" not in os.environ, reason="takes minutes: `make test-long`")
 SHARDINGS = {"ddp": {}, "fsdp2": FSDP, "zero2": ZERO2, "zero3": ZERO3}
 
 
@@ -79,7 +87,8 @@ def train(checkpoint: str, data: str, output: str, runs: str) -> None:
             args=VWLMMTrainingArguments(
                 f"{output}/{run['name']}",
                 stage=run["stage"],
-                chat_template="vicuna_v1",
+                method=run.get("method", "vw-lmm"),
+                chat_template=run.get("chat_template", "vicuna_v1"),
                 per_device_train_batch_size=run["micro_batch_size"],
                 global_batch_size=GLOBAL_BATCH_SIZE,
                 learning_rate=0.05,
@@ -202,6 +211,42 @@ def test_layouts_agree(vicuna, data, alone, tmp_path, num_processes, sharding):
         compare(read(tmp_path / "resumed_stream"), read(alone / "streamed"), "resumed stream", first_step=4)
 
 
+# LaVIT's stage 2, in which every image has a length of its own.
+LAVIT_RUNS = [
+    make_run(f"lavit_{mode}", 2, mode, 4, method="lavit", chat_template="lavit") for mode in ("plain", "packed")
+]
+
+
+@pytest.fixture(scope="module")
+def lavit(data, tmp_path_factory) -> tuple[str, str, Path]:
+    """Checkpoint, the data with codes computed once, and a single process's runs on the data without."""
+    folder = tmp_path_factory.mktemp("lavit_alone")
+    checkpoint = str(folder / "checkpoint")
+    convert_lavit_checkpoint(GOLDEN / "lavit/checkpoint", checkpoint)
+    model, processor = (
+        VWLMMForConditionalGeneration.from_pretrained(checkpoint),
+        VWLMMProcessor.from_pretrained(checkpoint),
+    )
+    samples = load_from_disk(data).map(tokenize_images(model, processor), batched=True, batch_size=4)
+    samples.save_to_disk(folder / "data")
+    train(checkpoint, data, str(folder), json.dumps(LAVIT_RUNS))
+    return checkpoint, str(folder / "data"), folder
+
+
+@pytest.mark.parametrize(
+    "sharding", ["ddp", "fsdp2", pytest.param("zero3", marks=LONG), pytest.param("zero2", marks=LONG)]
+)
+def test_images_of_any_length(lavit, data, tmp_path, sharding):
+    """Where weights are sharded, codes are computed before."""
+    checkpoint, with_codes, alone = lavit
+    runs = [{**run, "micro_batch_size": 1} for run in LAVIT_RUNS]
+    samples = data if sharding in ("ddp", "zero2") else with_codes
+    environment = {**SHARDINGS[sharding], "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer,Blip2EncoderLayer,Block"}
+    launch(2, environment, checkpoint, samples, str(tmp_path), json.dumps(runs))
+    for run in runs:
+        compare(read(tmp_path / run["name"]), read(alone / run["name"]), run["name"])
+
+
 # Every stage in every order of samples, and every layout: for `make test-long`.
 ALL_RUNS = [make_run(f"{mode}{stage}", stage, mode, 4) for stage in (1, 2, 3, 4) for mode in MODES]
 
@@ -213,7 +258,7 @@ def all_alone(vicuna, data, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.skipif("LONG" not in os.environ, reason="takes minutes: `make test-long`")
+@LONG
 @pytest.mark.parametrize("sharding", SHARDINGS)
 @pytest.mark.parametrize("num_processes", [2, 4])
 def test_all_layouts_agree(vicuna, data, all_alone, tmp_path, num_processes, sharding):

@@ -997,7 +997,7 @@ class TestArguments:
     @pytest.mark.parametrize(
         ("kwargs", "message"),
         [
-            ({"method": "lavit"}, "`method` is 'lavit'; expected 'vw-lmm'"),
+            ({"method": "blip"}, "`method` is 'blip'; expected 'vw-lmm' or 'lavit'"),
             (
                 {"trains": ["adapter", "head"]},
                 "`trains` is .'adapter', 'head'.; expected some of 'adapter'",

@@ -4,6 +4,7 @@
 
 import torch
 
+from ..adapters_vwlmm import selects_tokens
 from ..modeling_vwlmm import VWLMMModel
 from ..outputs_vwlmm import VWLMMImageFeaturesOutput
 from ..vision_vwlmm import make_blank_image
@@ -25,10 +26,15 @@ def encode_no_images(model: VWLMMModel, runs_tower: bool) -> VWLMMImageFeaturesO
     """
     config = model.config
     options = {"device": model.device, "dtype": model.dtype}
+    keep_mask = None
+    if selects_tokens(config):
+        # As other processes have it, which do not ask the visual tokenizer again.
+        keep_mask = torch.ones(1, config.image_seq_length, dtype=torch.bool, device=model.device)
     if runs_tower:
-        images = model.get_image_features(make_blank_image(model))
+        images = model.get_image_features(make_blank_image(model), keep_mask=keep_mask)
     else:
-        images = model.adapt(torch.zeros(1, config.image_seq_length, model.get_patch_feature_size(), **options))
+        features = torch.zeros(1, config.image_seq_length, model.get_patch_feature_size(), **options)
+        images = model.adapt(features, keep_mask=keep_mask)
     return VWLMMImageFeaturesOutput(
         pooler_output=[features[:0] for features in images.pooler_output],
         image_features=[features[:0] for features in images.image_features],

@@ -31,7 +31,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from processing_vwlmm import VWLMMProcessor
 
-from ..adapters_vwlmm import drops_tokens
+from ..adapters_vwlmm import selects_tokens
 from ..assembly import check_is_dense
 from ..modeling_vwlmm import VWLMMForConditionalGeneration
 from ..objectives_vwlmm import find_supervised_positions, leave_out_dropped
@@ -204,6 +204,12 @@ class VWLMMTrainer(SavesWholeCheckpoints, LoadsInOrder, SFTTrainer):
         # Now, so that PEFT leaves them alone, and not later, because the optimizer has to know them.
         attach_training_modules(base_model, self._objectives, args.seed)
         self._encode_no_images = partial(encode_no_images, runs_tower=self._runs_tower_without_images())
+        if args.text_first_share and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+            raise ValueError(
+                f"`text_first_share` is {args.text_first_share}, and weights are sharded: the codes that are read "
+                "behind a caption are computed in the step, by some processes and not by others. Leave it at 0, or "
+                "use DDP or ZeRO-2."
+            )
         check_processor(self.processing_class, self._config)
         check_max_length(train_dataset, args.max_length, self._config.image_seq_length)
         if args.chat_template is not None and not self._is_vision_dataset:
@@ -259,7 +265,8 @@ class VWLMMTrainer(SavesWholeCheckpoints, LoadsInOrder, SFTTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         # Private: Transformers has no public list of the columns that a collator reads.
         super()._set_signature_columns_if_needed()
-        needed = ["id", *(column for objective in self._objectives.values() for column in objective.columns)]
+        objectives = self._objectives.values()
+        needed = ["id", *(column for o in objectives for column in (*o.columns, *o.optional_columns))]
         self._signature_columns += [column for column in needed if column not in self._signature_columns]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -314,7 +321,7 @@ class VWLMMTrainer(SavesWholeCheckpoints, LoadsInOrder, SFTTrainer):
                 )
             if batch.pop("is_filler", False):
                 ignore_all_positions(batch)
-            if drops_tokens(self._config) and len(batch.get("pixel_values", ())):
+            if selects_tokens(self._config) and len(batch.get("pixel_values", ())):
                 # Before the step: its losses are means over the image tokens that are kept.
                 if "keep_mask" not in batch:
                     batch["keep_mask"] = self._select_tokens(batch["pixel_values"].to(device))
