@@ -34,6 +34,7 @@ from matplotlib.patches import Rectangle
 RECIPES = Path("examples/recipes/small_world_lavit")
 RUNS = Path("runs/small_world_lavit")
 NUM_CAPTIONS, NUM_CONVERSATIONS = 4800, 3800
+NO_CODES = ["--visual_objective", "{}", "--text_first_share", "0", "--output_dir", str(RUNS / "no_codes")]
 SHOTS = (0, 2, 4)
 NUM_FEW_SHOT_QUESTIONS = 120
 
@@ -54,7 +55,7 @@ def main() -> None:
     accuracies = {}
     for name, folder, options in (
         ("text and codes", RUNS / "stage2", []),
-        ("text alone", RUNS / "no_codes", ["--visual_objective", "{}", "--output_dir", str(RUNS / "no_codes")]),
+        ("text alone", RUNS / "no_codes", NO_CODES),
     ):
         print(f"\n=== Stage 2: {name}")
         train.main(["--config", str(RECIPES / "stage2.yaml"), *options])
