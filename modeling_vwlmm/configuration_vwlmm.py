@@ -205,6 +205,12 @@ class VWLMMConfig(LlavaConfig):
             if self.code_offset is None:
                 self.code_offset = self.text_config.vocab_size - tokenizer.num_codes
                 self.image_start_token_id, self.image_end_token_id = self.code_offset - 2, self.code_offset - 1
+            if tokenizer.hidden_size != self.vision_config.hidden_size:
+                raise ValueError(
+                    f"The visual tokenizer reads patch features of {tokenizer.hidden_size} numbers, and those of the "
+                    f"vision tower have {self.vision_config.hidden_size}; expected the tower that the tokenizer was "
+                    "trained on."
+                )
             for name in ("vision_feature_layer", "vision_feature_select_strategy"):
                 if getattr(tokenizer, name) != getattr(self, name):
                     raise ValueError(

@@ -482,6 +482,13 @@ class Codes(VisualWords):
                 "tokens; expected one code for each token, and -1 where it is dropped, as `tokenize_images` writes "
                 "them. Every sample of a dataset has them, or none."
             )
+        tokenizer = processor.tokenizer
+        num_codes = processor.image_token_id - tokenizer.convert_tokens_to_ids(processor.image_end_token) - 1
+        if codes.max() >= num_codes or codes.min() < -1:
+            raise ValueError(
+                f"`image_codes` go from {int(codes.min())} to {int(codes.max())}; expected codes from 0 to "
+                f"{num_codes - 1}, and -1 where a token is dropped. Were they written by another tokenizer?"
+            )
         return {"image_codes": codes, "keep_mask": codes >= 0}
 
 

@@ -8,9 +8,11 @@ import pytest
 import torch
 from conftest import BY_HAND, GOLDEN, make_image, tiny_text, tiny_vision
 from datasets import Dataset
+from peft import LoraConfig
 from torch.testing import assert_close
 
 from modeling_vwlmm import (
+    VWLMMConfig,
     VWLMMForConditionalGeneration,
     VWLMMTrainer,
     VWLMMTrainingArguments,
@@ -229,6 +231,28 @@ class TestUnifiedPreTraining:
         longest = (batch["attention_mask"].sum(dim=1) - num_dropped).max()
         assert [shape[:2] for shape in read] == [(2, longest)]
 
+    def test_lora(self, trained, lavit_processor, pairs, tmp_path, caplog, monkeypatch):
+        monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+        model = make_model(trained)
+        frozen = {n: v.clone() for n, v in model.model.visual_tokenizer.state_dict().items()}
+        args = VWLMMTrainingArguments(
+            str(tmp_path), method="lavit", stage=2, global_batch_size=8, max_steps=2, **BY_HAND
+        )
+        trainer = VWLMMTrainer(
+            model=model,
+            args=args,
+            train_dataset=pairs,
+            processing_class=lavit_processor,
+            peft_config=LoraConfig(r=2, target_modules="all-linear"),
+        )
+        trainer.train()
+        assert "they stay as they are" not in caplog.text  # nothing that trains goes without a gradient
+        trained_names = {name for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+        assert any("multi_modal_projector.merger" in name for name in trained_names)
+        assert not any("visual_tokenizer" in name or "vision_tower" in name for name in trained_names)
+        for name, value in model.model.visual_tokenizer.state_dict().items():
+            assert torch.equal(value, frozen[name])
+
     def test_a_caption_first(self, trained, lavit_processor, pairs, tmp_path):
         trainer = train_model(make_model(trained), lavit_processor, pairs, tmp_path, text_first_share=1.0)
         batch = trainer.data_collator([pairs[0], pairs[1]])
@@ -264,6 +288,26 @@ class TestBadInput:
     def test_tokenizer_without_threshold(self, tokenizer):
         with pytest.raises(ValueError, match="has none: training finds it at its end"):
             make_model(tokenizer)
+
+    @pytest.mark.parametrize("code", [8, -2])
+    def test_codes_out_of_range(self, trained, lavit_processor, pairs, tmp_path, code):
+        def add_codes(sample):
+            return {"image_codes": [[code] * 16 for _ in sample["images"]]}
+
+        with pytest.raises(ValueError, match=r"expected codes from 0 to 7, and -1 where a token is dropped"):
+            train_model(make_model(trained), lavit_processor, pairs.map(add_codes), tmp_path)
+
+    def test_more_codes_than_the_head_has(self, trained):
+        fields = make_model(trained).config.to_dict()
+        fields["visual_tokenizer_config"]["num_codes"] = 4000
+        with pytest.raises(ValueError, match="The codebook has 4000 codes from id 502 on, and the decoder 510 tokens"):
+            VWLMMConfig(**fields)
+
+    def test_tokenizer_of_another_tower(self, trained):
+        fields = make_model(trained).config.to_dict()
+        fields["visual_tokenizer_config"]["hidden_size"] = 48
+        with pytest.raises(ValueError, match="expected the tower that the tokenizer was trained on"):
+            VWLMMConfig(**fields)
 
     def test_no_tokenizer(self, model, processor):
         with pytest.raises(ValueError, match="The model has no visual tokenizer"):

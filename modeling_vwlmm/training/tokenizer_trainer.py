@@ -106,7 +106,7 @@ class VisualTokenizerTrainer(Trainer):
         self._seed = args.seed if args.data_seed is None else args.data_seed
         self._probabilities: deque[torch.Tensor] = deque()
         self._sums: dict[str, list[torch.Tensor]] = {}
-        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._last: torch.Tensor | None = None  # features of the last batch
         self.add_callback(CodebookCallback(self))
 
     def steps_until(self, steps: float) -> int:
