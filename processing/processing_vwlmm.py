@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.audio_utils import AudioInput
 from transformers.image_utils import ImageInput, make_flat_list_of_images
-from transformers.processing_utils import ProcessingKwargs, Unpack
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
 from transformers.utils.chat_template_utils import _get_template_variables
 from transformers.video_utils import VideoInput
 
@@ -104,6 +104,13 @@ class VWLMMProcessor(LlavaProcessor):
         else:
             placeholders = self.image_token * self.num_image_tokens
         return self.image_start_token + placeholders + self.image_end_token
+
+    def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs: Any) -> MultiModalData:
+        # Private: serving engines ask here how many placeholders an image has.
+        data = super()._get_num_multimodal_tokens(image_sizes, **kwargs)
+        if self.num_image_tokens is not None and image_sizes is not None:
+            data.num_image_tokens = [self.num_image_tokens] * len(image_sizes)
+        return data
 
     @classmethod
     def from_vision_text_pretrained(

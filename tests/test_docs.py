@@ -23,14 +23,14 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import peft
 import pytest
 import torch
 import transformers
 import trl
-from conftest import GOLDEN, make_image
+from conftest import GOLDEN, make_image, tiny_vision
 from read_docs import LOOKED_UP
 from test_backbones import save_decoder, save_tower
 from test_from_llava import make_llava
@@ -43,6 +43,8 @@ from modeling_vwlmm import (
     VWLMMForConditionalGeneration,
     VWLMMTrainer,
     VWLMMTrainingArguments,
+    VWLMMVisualTokenizer,
+    VWLMMVisualTokenizerConfig,
     adapters_vwlmm,
     loss_vwlmm,
     objectives_vwlmm,
@@ -248,6 +250,7 @@ def folder(vicuna, tmp_path_factory) -> Path:
     (folder / "preferences.jsonl").write_text(2 * f"{json.dumps(preference)}\n")
 
     shutil.copytree(GOLDEN / "vicuna", folder / "path/to/VW-LMM-vicuna-7b")
+    shutil.copytree(GOLDEN / "lavit/checkpoint", folder / "path/to/LaVIT")
     for name, stages in (("small_world/stage4", 4), ("small_world/stage3", 3), ("stage3", 3)):
         config = Path(shutil.copytree(vicuna, folder / "runs" / name)) / "config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"trained_stages": [1, 2, 3, 4][:stages]}))
@@ -330,6 +333,7 @@ class TestBlocks:
 
 
 # Names in sentences that neither this repository nor the signature of a function in a library has.
+SELECTIONS = get_args(VWLMMVisualTokenizerConfig.__annotations__["selection"])
 FOREIGN = {
     # Columns of TRL's datasets.
     *("messages", "images", "prompt", "chosen", "rejected", "length"),
@@ -358,6 +362,7 @@ def logged(vicuna, processor, dataset, tmp_path_factory) -> set[str]:
     names = set()
     dataset = dataset.select([0, 2, 4, 5])  # one turn each, with one image or two
     dataset = dataset.add_column("image_labels", [[[5] * 16 for _ in images] for images in dataset["images"]])
+    dataset.num_skipped_samples = 0  # as the reader counts them
     for stage, objective in ((3, None), (4, {"visual_words": 0.1, "token_labels": 0.1, "features": 1.0})):
         args = VWLMMTrainingArguments(
             str(tmp_path_factory.mktemp("logged")),
@@ -373,7 +378,27 @@ def logged(vicuna, processor, dataset, tmp_path_factory) -> set[str]:
         trainer = VWLMMTrainer(vicuna, args, dataset)
         trainer.train()
         names |= trainer.state.log_history[0].keys()
-    return names
+    tokenizer = VWLMMVisualTokenizer(
+        VWLMMVisualTokenizerConfig(
+            vision_config=tiny_vision("clip").config,
+            num_codes=4,
+            code_dim=4,
+            num_merger_layers=1,
+            num_decoder_layers=1,
+        )
+    )
+    args = VWLMMTrainingArguments(
+        str(tmp_path_factory.mktemp("logged")),
+        method="lavit",
+        stage=1,
+        continuous_steps=0,
+        random_mask_steps=0,
+        **{name: getattr(args, name) for name in ("max_steps", "logging_steps", "save_strategy", "use_cpu")},
+        **{"report_to": "none", "disable_tqdm": True, "global_batch_size": 8},
+    )
+    trainer = VWLMMTrainer(tokenizer, args, dataset, processor)
+    trainer.train()
+    return names | trainer.state.log_history[0].keys()
 
 
 class Names:
@@ -389,12 +414,14 @@ class Names:
             *(VWLMMForConditionalGeneration.get_visual_words, VWLMMForConditionalGeneration.from_llava),
             *(VWLMMProcessor.from_vision_text_pretrained, transformers.pipeline, transformers.QuantoConfig),
             *(VWLMMForConditionalGeneration.generate, *objectives_vwlmm.OBJECTIVES.values()),
+            VWLMMForConditionalGeneration.forward,
         )
         dataclass_types = (
             *(VWLMMTrainingArguments, import_example("train").ScriptArguments, ModelConfig, peft.LoraConfig),
             *(value for value in vars(outputs_vwlmm).values() if dataclasses.is_dataclass(value)),
         )
         self.quoted = {*objectives_vwlmm.OBJECTIVES, *METHODS, *chat_templates_vwlmm.CHAT_TEMPLATES, *MODULES}
+        self.quoted |= {*adapters_vwlmm.ADAPTERS, *SELECTIONS}
         self.names = logged | FOREIGN | self.quoted | vars(model.config).keys() | vars(model.generation_config).keys()
         self.names |= {name for module in modules for name in (*dir(module), module.__name__)}
         self.names |= {
@@ -406,7 +433,9 @@ class Names:
         self.names |= {name for function in functions for name in inspect.signature(function).parameters}
         self.names |= {field.name for type_ in dataclass_types for field in dataclasses.fields(type_)}
         self.names |= {name for class_ in (VWLMMForConditionalGeneration, VWLMMTrainer) for name in dir(class_)}
-        self.names |= {column for objective in objectives_vwlmm.OBJECTIVES.values() for column in objective.columns}
+        for objective in objectives_vwlmm.OBJECTIVES.values():
+            self.names |= {*objective.columns, *objective.optional_columns}
+        self.names |= {*dir(VWLMMVisualTokenizer), *vars(VWLMMVisualTokenizerConfig())}
         self.modules = {path for path, _ in model.named_modules()}
         self.objects = {
             "model": model,
@@ -417,6 +446,7 @@ class Names:
             "torch": torch,
             "F": torch.nn.functional,
             "VWLMMTrainingArguments": VWLMMTrainingArguments,
+            "VWLMMVisualTokenizer": VWLMMVisualTokenizer,
         }
         self.packages = set()
         for file in ROOT.glob("constraints*.txt"):

@@ -37,6 +37,7 @@ from ..modeling_vwlmm import VWLMMForConditionalGeneration
 from ..objectives_vwlmm import find_supervised_positions, leave_out_dropped
 from ..outputs_vwlmm import VWLMMCausalLMOutputWithPast
 from ..placeholders_vwlmm import replace_placeholders
+from ..visual_tokenizer_vwlmm import VWLMMVisualTokenizer
 from .arguments import VWLMMTrainingArguments
 from .checkpoints import (
     StopSignals,
@@ -122,10 +123,20 @@ class VWLMMTrainer(SavesWholeCheckpoints, LoadsInOrder, SFTTrainer):
     # Losses are divided by the positions of the whole optimiser step, so accumulation must not divide them again.
     loss_is_scaled_for_ga = True
 
-    def __new__(cls, model: Any = None, args: Any = None, *others: Any, **kwargs: Any) -> Any:
-        """A visual tokenizer has no LLM, and what trains one knows nothing of text."""
+    def __new__(
+        cls,
+        model: VWLMMForConditionalGeneration | VWLMMVisualTokenizer | str | None = None,
+        args: VWLMMTrainingArguments | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        processing_class: ProcessorMixin | None = None,
+        peft_config: "PeftConfig | None" = None,  # noqa: F821 (an optional dependency)
+        **kwargs: Any,
+    ) -> "VWLMMTrainer | VisualTokenizerTrainer":
+        """A visual tokenizer has no LLM, and what trains one knows nothing of text: it is a trainer of its own."""
         if cls is VWLMMTrainer and isinstance(args, VWLMMTrainingArguments) and args.trains_tokenizer:
-            return VisualTokenizerTrainer(model, args, *others, **kwargs)
+            if peft_config is not None:
+                raise ValueError("`peft_config` is set: a visual tokenizer trains as a whole. Leave it out.")
+            return VisualTokenizerTrainer(model, args, train_dataset, processing_class, **kwargs)
         return super().__new__(cls)
 
     def __init__(
