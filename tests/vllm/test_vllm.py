@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaTokenizer
 from vllm import LLM, SamplingParams
 
-from modeling_vwlmm import VWLMMForConditionalGeneration
+from modeling_vwlmm import VWLMMForConditionalGeneration, convert_lavit_checkpoint
 from processing_vwlmm import VWLMMProcessor
 
 
@@ -112,13 +112,15 @@ def save_variant(source: str, folder: Path, num_new_tokens: int = 0, **fields) -
     scope="session",
     # vLLM pads the embedding matrix to a multiple of 64 rows. The placeholder is one of the rows added, or past them
     # all, as it is behind Vicuna's 32,000 tokens, or an ordinary row, as in LLaVA's checkpoints.
-    params=["vicuna", "pif", "placeholder_past_all_rows", "placeholder_in_vocabulary_pif"],
+    params=["vicuna", "pif", "placeholder_past_all_rows", "placeholder_in_vocabulary_pif", "lavit_top_k"],
 )
 def folder(request, wide_vicuna, vicuna, pif, tmp_path_factory) -> Path:
     """The folder of a checkpoint that vLLM can serve on a CPU."""
     folder = tmp_path_factory.mktemp("vllm") / request.param
     if request.param == "vicuna":
         return wide_vicuna
+    if request.param == "lavit_top_k":
+        return save_lavit(folder)
     if request.param == "pif":
         return save_variant(pif, folder)
     if request.param == "placeholder_in_vocabulary_pif":
@@ -130,6 +132,21 @@ def folder(request, wide_vicuna, vicuna, pif, tmp_path_factory) -> Path:
         folder
     )
     return folder
+
+
+def save_lavit(folder: Path) -> Path:
+    """LaVIT's golden checkpoint, which keeps a fixed number of patches: an engine has no mask for tokens."""
+    converted, source = folder.parent / "converted", folder.parent / "lavit"
+    convert_lavit_checkpoint(GOLDEN / "lavit/checkpoint", converted)
+    model = VWLMMForConditionalGeneration.from_pretrained(converted)
+    tokenizer, processor = model.config.visual_tokenizer_config, VWLMMProcessor.from_pretrained(converted)
+    tokenizer.selection = "top_k"
+    model.config.text_config.max_position_embeddings = MAX_LENGTH
+    model.config.image_seq_length = round(tokenizer.keep_rate * tokenizer.num_patches)
+    processor.num_image_tokens = model.config.image_seq_length
+    model.save_pretrained(source)
+    processor.save_pretrained(source)
+    return save_variant(source, folder)
 
 
 @pytest.fixture(scope="session")
