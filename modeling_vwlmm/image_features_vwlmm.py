@@ -137,9 +137,8 @@ class EncodesImages:
     def _embed_codes(self, patch_features: torch.Tensor, keep_mask: torch.Tensor | None) -> torch.Tensor:
         if keep_mask is None:
             keep_mask = torch.ones(patch_features.shape[:2], dtype=torch.bool, device=patch_features.device)
-        code_ids = self.visual_tokenizer.encode(patch_features=patch_features, keep_mask=keep_mask).code_ids  # [kept]
-        codes = torch.zeros_like(keep_mask, dtype=torch.long).masked_scatter(keep_mask, code_ids)  # [I, N]
-        return self.get_input_embeddings()(codes + self.config.code_offset)  # [I, N, D]
+        codes = self.visual_tokenizer.encode(patch_features=patch_features, keep_mask=keep_mask).patch_codes  # [I, N]
+        return self.get_input_embeddings()(codes.clamp_min(0) + self.config.code_offset)  # [I, N, D]
 
     def encode_images(
         self,

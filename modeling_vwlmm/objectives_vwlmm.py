@@ -461,8 +461,7 @@ class Codes(VisualWords):
                 keep_mask = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
             codes = inputs.batch.get("image_codes")  # [I, N]
             if codes is None:
-                code_ids = tokenizer.encode(patch_features=features, keep_mask=keep_mask).code_ids  # [kept]
-                codes = torch.zeros_like(keep_mask, dtype=torch.long).masked_scatter(keep_mask, code_ids)  # [I, N]
+                codes = tokenizer.encode(patch_features=features, keep_mask=keep_mask).patch_codes  # [I, N]
             is_image = targets == config.image_token_id  # [K]
             codes = inputs.at_image_tokens(codes.flatten(), positions) + config.code_offset  # [K]
             targets = torch.where(is_image, codes, targets)

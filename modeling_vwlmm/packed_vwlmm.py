@@ -38,9 +38,7 @@ def keep_samples_apart(
     if position_ids is None or position_ids.ndim != 2 or is_told or torch.compiler.is_compiling():
         return arguments
     if attention_mask is not None:
-        if (
-            attention_mask.ndim != 2 or attention_mask.shape[1] != position_ids.shape[1]
-        ):  # of more than these positions
+        if attention_mask.shape[1:] != position_ids.shape[1:]:  # of more than these positions
             return arguments
         if len(position_ids) == 1:  # those of every row
             position_ids = position_ids.expand(len(attention_mask), -1)

@@ -47,6 +47,8 @@ class VWLMMVisualTokensOutput(ModelOutput):
         The nearest codes.
     quantized (`torch.Tensor` of shape `[kept, d]`):
         These codes.
+    patch_codes (`torch.LongTensor` of shape `[I, N]`):
+        The ids in the places of their patches, and -1 where a patch is dropped.
     """
 
     selector_log_probs: torch.Tensor | None = None
@@ -55,6 +57,7 @@ class VWLMMVisualTokensOutput(ModelOutput):
     projected: torch.Tensor | None = None
     code_ids: torch.Tensor | None = None
     quantized: torch.Tensor | None = None
+    patch_codes: torch.Tensor | None = None
 
 
 @dataclass
@@ -416,7 +419,8 @@ class VWLMMVisualTokenizer(FrozenVisionTower, PreTrainedModel):
         merged = self.merger(patch_features, keep_mask)[keep_mask]  # [kept, C]
         projected = self.task_layer(merged)  # [kept, d]
         code_ids, quantized = self.quantizer(projected)
-        return VWLMMVisualTokensOutput(log_probs, keep_mask, merged, projected, code_ids, quantized)
+        patch_codes = torch.full_like(keep_mask, -1, dtype=torch.long).masked_scatter(keep_mask, code_ids)  # [I, N]
+        return VWLMMVisualTokensOutput(log_probs, keep_mask, merged, projected, code_ids, quantized, patch_codes)
 
     @torch.no_grad()
     def decode(

@@ -5,7 +5,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 
@@ -27,9 +26,7 @@ def tokenize_images(model: PreTrainedModel, processor: ProcessorMixin) -> Callab
         codes: list[list[int]] = []
         if images:
             pixel_values = processor.image_processor(images, return_tensors="pt")["pixel_values"]  # [I, 3, H, W]
-            tokens = tokenizer.encode(pixel_values.to(tokenizer.device))
-            dropped = torch.full_like(tokens.keep_mask, -1, dtype=torch.long)  # [I, N]
-            codes = dropped.masked_scatter(tokens.keep_mask, tokens.code_ids).tolist()
+            codes = tokenizer.encode(pixel_values.to(tokenizer.device)).patch_codes.tolist()  # [I][N]
         rows, start = [], 0
         for sample in batch["images"]:
             rows.append(codes[start : start + len(sample or [])])
