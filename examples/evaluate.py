@@ -37,31 +37,32 @@ def answer_questions(
     answers = [""] * len(records)
     for start in tqdm(range(0, len(records), BATCH_SIZE), desc="Answering", unit="batch"):
         batch = order[start : start + BATCH_SIZE]
-        conversations = [
-            [
-                {
-                    "role": "user",
-                    "content": [
-                        {"type": "image", "image": records[index]["image"]},
-                        {"type": "text", "text": records[index]["question"]},
-                    ],
-                }
-            ]
-            for index in batch
-        ]
-        inputs = processor.apply_chat_template(
-            conversations,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": "left"},
-        )
-        output = model.generate(**inputs, max_new_tokens=64, do_sample=False)  # [B, L + new]
-        texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for index, text in zip(batch, texts, strict=True):
-            answers[index] = text.strip()
+        for index, text in zip(batch, answer(model, processor, [[ask(records[i])] for i in batch]), strict=True):
+            answers[index] = text
     return answers
+
+
+def ask(record: dict) -> dict:
+    """The message that asks about an image."""
+    content = [{"type": "image", "image": record["image"]}, {"type": "text", "text": record["question"]}]
+    return {"role": "user", "content": content}
+
+
+def answer(
+    model: VWLMMForConditionalGeneration, processor: VWLMMProcessor, conversations: list[list[dict]]
+) -> list[str]:
+    """Greedy answers to a batch of conversations that end with a question."""
+    inputs = processor.apply_chat_template(
+        conversations,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, "padding_side": "left"},
+    )
+    output = model.generate(**inputs, max_new_tokens=64, do_sample=False)  # [B, L + new]
+    texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in texts]
 
 
 def measure_answers(answers: list[str], records: list[dict]) -> dict[str, float]:

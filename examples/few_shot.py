@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import torch
+from evaluate import answer, ask
 from PIL import Image
 from small_world import read_held_out
 from tqdm import tqdm
@@ -56,37 +57,19 @@ def answer_with_examples(
     records: list[dict],
     examples: list[dict],
     shots: int,
-    **generate: object,
 ) -> list[str]:
     """Greedy answers, each behind so many examples; of these the most alike comes last."""
     nearest = find_nearest(model, processor, records, examples)[:, :shots].flip(1).tolist()
+    conversations = []
+    for record, chosen in zip(records, nearest, strict=True):
+        messages = []
+        for example in (examples[index] for index in chosen):
+            messages += [ask(example), {"role": "assistant", "content": example["answer"]}]
+        conversations.append([*messages, ask(record)])
     answers = []
     for start in tqdm(range(0, len(records), BATCH_SIZE), desc=f"{shots} examples", unit="batch"):
-        batch = records[start : start + BATCH_SIZE]
-        conversations = []
-        for record, chosen in zip(batch, nearest[start : start + BATCH_SIZE], strict=True):
-            messages = []
-            for example in (examples[index] for index in chosen):
-                messages += [ask(example), {"role": "assistant", "content": example["answer"]}]
-            conversations.append([*messages, ask(record)])
-        inputs = processor.apply_chat_template(
-            conversations,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": "left"},
-        )
-        output = model.generate(**inputs, **{"max_new_tokens": 64, "do_sample": False, **generate})  # [B, L + new]
-        texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        answers += [text.strip() for text in texts]
+        answers += answer(model, processor, conversations[start : start + BATCH_SIZE])
     return answers
-
-
-def ask(record: dict) -> dict:
-    """The message that asks about an image."""
-    content = [{"type": "image", "image": record["image"]}, {"type": "text", "text": record["question"]}]
-    return {"role": "user", "content": content}
 
 
 def main() -> None:
@@ -100,7 +83,7 @@ def main() -> None:
     records, examples = read_held_out(args.data), read_examples(args.data)
     for shots in args.shots:
         answers = answer_with_examples(model, processor, records, examples, shots)
-        right = sum(answer == record["answer"] for answer, record in zip(answers, records, strict=True))
+        right = sum(found == record["answer"] for found, record in zip(answers, records, strict=True))
         print(f"{shots} examples: {right / len(records):.1%} of {len(records)} questions")
 
 
