@@ -414,7 +414,7 @@ class Names:
             *(VWLMMForConditionalGeneration.get_visual_words, VWLMMForConditionalGeneration.from_llava),
             *(VWLMMProcessor.from_vision_text_pretrained, transformers.pipeline, transformers.QuantoConfig),
             *(VWLMMForConditionalGeneration.generate, *objectives_vwlmm.OBJECTIVES.values()),
-            VWLMMForConditionalGeneration.forward,
+            *(VWLMMForConditionalGeneration.forward, VWLMMProcessor),
         )
         dataclass_types = (
             *(VWLMMTrainingArguments, import_example("train").ScriptArguments, ModelConfig, peft.LoraConfig),
