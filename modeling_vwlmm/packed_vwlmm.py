@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import Cache
+from transformers.utils import torch_compilable_check
 
 
 def keep_samples_apart(
@@ -31,12 +32,17 @@ def keep_samples_apart(
         `dict` of `attention_mask` and, for packed rows, `use_cache`.
 
     Raises:
-        ValueError: If packed rows come with a cache to use, or with a mask that leaves out positions.
+        ValueError: If packed rows come with a cache to use, or with a mask that leaves out positions. In a compiled
+            graph a `RuntimeError`, also for any mask or cache.
     """
     arguments = {"attention_mask": attention_mask}
     is_told = attention_mask is None and past_key_values is None and use_cache is False
-    if position_ids is None or position_ids.ndim != 2 or is_told or torch.compiler.is_compiling():
+    if position_ids is None or position_ids.ndim != 2 or is_told:
         return arguments
+    is_compiling = torch.compiler.is_compiling()
+    if is_compiling and attention_mask is None and past_key_values is None and use_cache is None:
+        # A graph cannot look whether the rows are packed: as if they were, which others notice by their cache alone.
+        return {"attention_mask": None, "use_cache": False}
     if attention_mask is not None:
         if attention_mask.shape[1:] != position_ids.shape[1:]:  # of more than these positions
             return arguments
@@ -45,6 +51,13 @@ def keep_samples_apart(
     starts = position_ids.diff(dim=1) != 1  # [B, L - 1]
     if attention_mask is not None:
         starts &= (attention_mask[:, 1:] != 0) & (attention_mask[:, :-1] != 0)
+    if is_compiling:
+        torch_compilable_check(
+            ~starts.any(),
+            "`position_ids` start again within a row, as those of packed samples do. A compiled model keeps them "
+            "apart with `use_cache=False`, and without `attention_mask`.",
+        )
+        return arguments
     if not starts.any():
         return arguments
     if use_cache or past_key_values is not None:

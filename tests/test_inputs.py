@@ -55,6 +55,15 @@ class TestPackedRows:
                 assert output.past_key_values is None
             assert_close(model(**row, **options).logits, apart, atol=1e-5, rtol=1e-5)
 
+    def test_compiled(self, model, row):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        with torch.no_grad():
+            apart = model(**row).logits
+            assert_close(compiled(**row).logits, apart, atol=1e-5, rtol=1e-5)
+            with pytest.raises(RuntimeError, match="Runtime assertion failed"):  # of a graph, whose message is lost
+                compiled(**row, attention_mask=torch.ones_like(row["input_ids"]))
+
     @pytest.mark.parametrize(
         ("options", "found"),
         [
