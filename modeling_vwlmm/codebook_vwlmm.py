@@ -100,7 +100,7 @@ class Codebook(nn.Module):
 
     def _revive(self, idle: torch.Tensor, features: torch.Tensor, generator: torch.Generator) -> None:
         chosen = torch.randperm(len(features), generator=generator)[: len(idle)].to(idle.device)
-        self.embedding[idle[: len(chosen)]] = features[chosen]
+        self.embedding[idle[: len(chosen)]] = _order(features)[chosen]
         self.idle_steps[idle[: len(chosen)]] = 0
 
     @torch.no_grad()
@@ -115,7 +115,7 @@ class Codebook(nn.Module):
         Raises:
             ValueError: If there are fewer features than codes.
         """
-        features = gather(F.normalize(features.float(), dim=-1))
+        features = _order(gather(F.normalize(features.float(), dim=-1)))
         num_codes = len(self.embedding)
         if len(features) < num_codes:
             raise ValueError(
@@ -130,6 +130,11 @@ class Codebook(nn.Module):
             codes = torch.where(sums.any(dim=-1, keepdim=True), F.normalize(sums, dim=-1), codes)
         self.embedding.copy_(codes)
         self.idle_steps.zero_()
+
+
+def _order(features: torch.Tensor) -> torch.Tensor:
+    """Features in an order of their own, so that what is picked does not depend on which process has which."""
+    return features[features[:, 0].argsort()]
 
 
 def gather(rows: torch.Tensor) -> torch.Tensor:

@@ -1,14 +1,23 @@
 # Copyright 2026 The VW-LMM authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Training of LaVIT: the tokenizer in its two phases, then decoder and reader on text and codes."""
+"""
+Training of LaVIT: the tokenizer in its two phases, then decoder and reader on text and codes.
 
+Run as a script by the launcher, this file trains a tokenizer; run by pytest, it starts the launcher, too.
+"""
+
+import json
 import logging
+import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import BY_HAND, GOLDEN, make_image, tiny_text, tiny_vision
 from datasets import Dataset
 from peft import LoraConfig
+from test_distributed import run_python
 from torch.testing import assert_close
 
 from modeling_vwlmm import (
@@ -31,20 +40,32 @@ TOKENIZER = {
 }
 
 
+def make_tokenizer(**options):
+    torch.manual_seed(0)
+    return VWLMMVisualTokenizer.from_vision_pretrained(tiny_vision("clip"), **{**TOKENIZER, **options})
+
+
+def make_processor(tokenizer):
+    return VWLMMProcessor.from_visual_tokenizer(tokenizer.config, str(GOLDEN / "vicuna"), num_text_tokens=500)
+
+
+def make_images():
+    return Dataset.from_list([{"images": [make_image(seed)]} for seed in range(16)])
+
+
 @pytest.fixture
 def tokenizer():
-    torch.manual_seed(0)
-    return VWLMMVisualTokenizer.from_vision_pretrained(tiny_vision("clip"), **TOKENIZER)
+    return make_tokenizer()
 
 
 @pytest.fixture
 def lavit_processor(tokenizer):
-    return VWLMMProcessor.from_visual_tokenizer(tokenizer.config, str(GOLDEN / "vicuna"), num_text_tokens=500)
+    return make_processor(tokenizer)
 
 
 @pytest.fixture(scope="session")
 def images():
-    return Dataset.from_list([{"images": [make_image(seed)]} for seed in range(16)])
+    return make_images()
 
 
 @pytest.fixture(scope="session")
@@ -114,6 +135,15 @@ class TestTokenizer:
             tokenizer.selector.requires_grad_(True)
         assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-5)
         assert_close(weights, dict(tokenizer.state_dict()), rtol=1e-4, atol=1e-5)
+
+    def test_two_processes_are_one(self, tmp_path):
+        """Also where the codebook starts, and where codes are revived."""
+        losses = []
+        for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]):
+            run_python([*launcher, __file__, str(tmp_path)], {})
+            losses.append(json.loads((tmp_path / "losses.json").read_text()))
+        assert len(losses[0]) == 8
+        assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize("step", [2, 4])
     def test_resume(self, tokenizer, lavit_processor, images, tmp_path, step):
@@ -278,7 +308,7 @@ class TestBadInput:
             train_tokenizer(tokenizer, lavit_processor, data, tmp_path)
 
     def test_fewer_features_than_codes(self, lavit_processor, images, tmp_path):
-        tokenizer = VWLMMVisualTokenizer.from_vision_pretrained(tiny_vision("clip"), **{**TOKENIZER, "num_codes": 64})
+        tokenizer = make_tokenizer(num_codes=64)
         options = {"continuous_steps": 1, "random_mask_steps": 0, "per_device_train_batch_size": 1}
         with pytest.raises(ValueError, match="The codebook of 64 codes starts from"):
             train_tokenizer(
@@ -312,3 +342,16 @@ class TestBadInput:
     def test_no_tokenizer(self, model, processor):
         with pytest.raises(ValueError, match="The model has no visual tokenizer"):
             model.get_image_codes(torch.zeros(1, 3, 28, 28))
+
+
+if __name__ == "__main__":
+    tokenizer = make_tokenizer(revive_after=0)
+    options = {"random_mask_steps": 1, "continuous_steps": 3, "max_steps": 8, "global_batch_size": 8}
+    options["per_device_train_batch_size"] = 4 // int(os.environ.get("WORLD_SIZE", "1"))
+    trainer = train_tokenizer(tokenizer, make_processor(tokenizer), make_images(), sys.argv[1], **options)
+    if trainer.is_world_process_zero():
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        Path(sys.argv[1], "losses.json").write_text(json.dumps(losses))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # nobody leaves while another still talks to it
+    os._exit(0)  # gloo's threads now and then abort or hang the exit of an interpreter
