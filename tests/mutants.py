@@ -39,6 +39,7 @@ class Mutant:
 
 
 OBJECTIVES, MODEL, TRAINER = "objectives_vwlmm.py", "modeling_vwlmm.py", "training/trainer.py"
+DROPPING = "dropping_vwlmm.py"
 MUTANTS = [
     # What is predicted, from where.
     Mutant(
@@ -94,15 +95,15 @@ MUTANTS = [
     Mutant(
         "weights are ignored",
         OBJECTIVES,
-        "scales[name] = weights[name] / at_least_one(count)",
-        "scales[name] = 1.0 / at_least_one(count)",
+        "scales = {name: weights[name] / at_least_one(divisors[name])",
+        "scales = {name: 1.0 / at_least_one(divisors[name])",
         "test_objectives.py::Mappings",
     ),
     Mutant(
         "means are over the micro-batch",
         OBJECTIVES,
-        "count = counts.get(name, term.count if isinstance(term, Term) else len(term.hidden))",
-        "count = term.count if isinstance(term, Term) else len(term.hidden)",
+        "divisors[name] = counts.get(name, term.count if isinstance(term, Term) else len(term.hidden))",
+        "divisors[name] = term.count if isinstance(term, Term) else len(term.hidden)",
         "test_training.py::Normalisation",
     ),
     Mutant(
@@ -172,7 +173,7 @@ MUTANTS = [
     Mutant(
         "a loaded vision tower is not frozen",
         "vision_vwlmm.py",
-        "        model.base_model.vision_tower.requires_grad_(False)\n",
+        "        model.base_model.freeze_encoders()\n",
         "",
         "test_modeling.py::Gradients",
     ),
@@ -194,8 +195,8 @@ MUTANTS = [
     Mutant(
         "stage III without its cut behind the last image token",
         OBJECTIVES,
-        '    if "language" not in objectives:\n        image_columns',
-        "    if not objectives:\n        image_columns",
+        '    if "language" not in objectives:\n        columns',
+        "    if not objectives:\n        columns",
         "test_modeling.py test_objectives.py::",
     ),
     Mutant(
@@ -242,10 +243,9 @@ MUTANTS = [
     ),
     Mutant(
         "targets come from pseudo image features",
-        MODEL,
-        "return VWLMMImageFeaturesOutput(pooler_output=read, patch_features=patch_features, **adapted)",
-        "adapted.image_features = list(read)\n        "
-        "return VWLMMImageFeaturesOutput(pooler_output=read, patch_features=patch_features, **adapted)",
+        "image_features_vwlmm.py",
+        "        return VWLMMImageFeaturesOutput(**adapted)\n",
+        '        adapted["image_features"] = list(read)\n        return VWLMMImageFeaturesOutput(**adapted)\n',
         "test_modeling.py::GoldenValues or VisualLoss",
     ),
     Mutant(
@@ -417,6 +417,63 @@ MUTANTS = [
         "adapter = make_adapter(config) if adapter is None else adapter",
         'adapter = make_adapter(config).to("meta").to_empty(device="cpu") if adapter is None else adapter',
         "test_modeling.py::fresh or new",
+    ),
+    # Image tokens that are dropped, and codes.
+    Mutant(
+        "dropped image tokens stay visible in a cache",
+        DROPPING,
+        'arguments |= {"attention_mask": is_kept.long(), "position_ids": positions}',
+        'arguments |= {"position_ids": positions}',
+        "test_lavit.py::Dropped",
+    ),
+    Mutant(
+        "positions count dropped image tokens",
+        DROPPING,
+        "    if position_ids is None:\n        return before\n",
+        "    if position_ids is None:\n        return torch.arange(before.shape[1]).expand_as(before)\n",
+        "test_lavit.py::Dropped",
+    ),
+    Mutant(
+        "what stands behind an image is predicted from a dropped token",
+        DROPPING,
+        "last_kept = (slots * is_kept).cummax(dim=1).values.unsqueeze(-1)",
+        "last_kept = slots.clamp_min(0).expand(is_kept.shape).unsqueeze(-1)",
+        "test_lavit.py test_lavit_codes.py::Dropped or Objective",
+    ),
+    Mutant(
+        "the code of the patch just read is learned",
+        OBJECTIVES,
+        "inputs.at_image_tokens(codes.flatten(), positions) + config.code_offset",
+        "inputs.at_image_tokens(codes.flatten(), positions - 1) + config.code_offset",
+        "test_lavit_codes.py::Objective",
+    ),
+    Mutant(
+        "dropped image tokens are supervised",
+        OBJECTIVES,
+        "rows[~torch.isin(rows, dropped)]",
+        "rows",
+        "test_lavit_codes.py::Objective",
+    ),
+    Mutant(
+        "decisions of the selector have no gradient",
+        "visual_tokenizer_vwlmm.py",
+        "(soft - soft.detach())",
+        "0 * soft",
+        "test_lavit.py::equation_4",
+    ),
+    Mutant(
+        "the selector goes on learning beside a codebook",
+        "training/tokenizer_trainer.py",
+        "            self._tokenizer.selector.requires_grad_(False)\n",
+        "",
+        "test_lavit_training.py::phases",
+    ),
+    Mutant(
+        "the codebook never moves",
+        "training/tokenizer_trainer.py",
+        "self.trainer._tokenizer.quantizer.update(self.trainer.make_generator())",
+        "pass",
+        "test_lavit_training.py::phases",
     ),
 ]
 
