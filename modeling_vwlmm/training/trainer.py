@@ -306,8 +306,9 @@ class VWLMMTrainer(SavesWholeCheckpoints, LoadsInOrder, SFTTrainer):
     def _record_stage(self) -> None:
         # Once a run, and not again where one is resumed from a checkpoint of its last step.
         stages, takes_steps = self._config.trained_stages, self.state.global_step > self._num_steps_taken
-        if not self._has_recorded_stage and (takes_steps or stages[-1:] != [self.args.stage]):
-            self._config.trained_stages = [*stages, record_name(self.args.method, self.args.stage)]
+        record = record_name(self.args.method, self.args.stage)
+        if not self._has_recorded_stage and (takes_steps or stages[-1:] != [record]):
+            self._config.trained_stages = [*stages, record]
         self._has_recorded_stage = True
 
     def get_batch_samples(
