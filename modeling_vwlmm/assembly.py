@@ -141,16 +141,15 @@ def from_visual_tokenizer(
         )
     num_text_tokens = text.config.vocab_size
     _add_rows(text, 2 + tokenizer_config.num_codes)
-    fixed = tokenizer_config.selection == "top_k"
-    num_kept = round(tokenizer_config.keep_rate * tokenizer_config.num_patches)
     config = {"adapter": "token_merger", **config}
+    num_tokens = tokenizer_config.num_fixed_tokens if config["adapter"] == "token_merger" else None
     model = from_vision_text_pretrained(
         cls,
         visual_tokenizer.vision_tower,
         text,
         vision_feature_layer=tokenizer_config.vision_feature_layer,
         vision_feature_select_strategy=tokenizer_config.vision_feature_select_strategy,
-        image_seq_length=num_kept if fixed and config["adapter"] == "token_merger" else tokenizer_config.num_patches,
+        image_seq_length=num_tokens or tokenizer_config.num_patches,
         visual_tokenizer_config=tokenizer_config,
         image_start_token_id=num_text_tokens,
         image_end_token_id=num_text_tokens + 1,

@@ -81,7 +81,7 @@ class VWLMMVisualTokenizerConfig(PreTrainedConfig):
         layer_norm_eps (`float`, *optional*, defaults to 1e-5):
             Of the norms of selector, merger and decoder.
         initializer_range (`float`, *optional*, defaults to 0.02):
-            Standard deviation of new weights.
+            Standard deviation of the decoder's new queries and positions. Linear layers start by Glorot's rule.
         kwargs:
             Everything that `PreTrainedConfig` takes.
     """
@@ -136,6 +136,11 @@ class VWLMMVisualTokenizerConfig(PreTrainedConfig):
         """See `PreTrainedConfig.to_dict`."""
         # Transformers takes a class with "Tokenizer" in its name for one of texts, and puts a pair of names here.
         return super().to_dict() | {"auto_map": dict(VISUAL_TOKENIZER_AUTO_MAP)}
+
+    @property
+    def num_fixed_tokens(self) -> int | None:
+        """Tokens that every image has with `selection="top_k"`; `None` where that depends on the image."""
+        return max(round(self.keep_rate * self.num_patches), 1) if self.selection == "top_k" else None
 
 
 @strict

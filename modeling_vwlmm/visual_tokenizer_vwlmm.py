@@ -261,8 +261,7 @@ class VWLMMVisualTokenizer(FrozenVisionTower, PreTrainedModel):
     """
     Token selector, token merger, task layer, codebook and decoder on a frozen vision tower.
 
-    A tokenizer that is part of a [`VWLMMForConditionalGeneration`] reads the tower of that model, and has a decoder
-    only where its weights are given.
+    A tokenizer that is part of a [`VWLMMForConditionalGeneration`] reads the tower of that model, and has no decoder.
 
     Args:
         config ([`VWLMMVisualTokenizerConfig`]): Configuration.
@@ -363,14 +362,11 @@ class VWLMMVisualTokenizer(FrozenVisionTower, PreTrainedModel):
         selection = selection or self.config.selection
         keep = selector_log_probs[..., 0]  # [I, N]
         if selection == "top_k":
-            num_tokens = max(round(self.config.keep_rate * keep.shape[1]), 1)
-            return _keep_best(keep, num_tokens)
+            return _keep_best(keep, max(round(self.config.keep_rate * keep.shape[1]), 1))
         if selection == "sample":
-            num_patches = keep.shape[1]
             generator = torch.Generator().manual_seed(self.config.seed)
-            noise = -torch.empty(1, num_patches, 2).exponential_(generator=generator).log()  # [1, N, 2]
-            scores = selector_log_probs + noise.to(selector_log_probs)
-            keep_mask = scores[..., 0] >= scores[..., 1]
+            noise = -torch.empty(1, keep.shape[1], 2).exponential_(generator=generator).log()  # [1, N, 2]
+            keep_mask = self.select(selector_log_probs, noise)
         elif self.config.threshold is None:
             raise ValueError(
                 "Patches are selected by a threshold, and the config has none: training the tokenizer finds it at "

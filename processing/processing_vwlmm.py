@@ -200,7 +200,7 @@ class VWLMMProcessor(LlavaProcessor):
             image_token=IMAGE_TOKEN,
             image_start_token=IMAGE_START_TOKEN,
             image_end_token=IMAGE_END_TOKEN,
-            num_image_tokens=round(config.keep_rate * config.num_patches) if config.selection == "top_k" else None,
+            num_image_tokens=config.num_fixed_tokens,
         )
         processor.chat_template = processor.get_chat_template(chat_template)
         return processor
