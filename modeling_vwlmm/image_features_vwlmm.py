@@ -33,6 +33,7 @@ class EncodesImages:
         image_sizes: torch.Tensor | None = None,
         keep_mask: torch.Tensor | None = None,
         read_as_codes: torch.Tensor | None = None,
+        patch_features: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | VWLMMImageFeaturesOutput:
         """
@@ -47,10 +48,14 @@ class EncodesImages:
                 what the visual tokenizer selects for an adapter that drops some.
             read_as_codes (`torch.BoolTensor` of shape `[I]`, *optional*): Images of which the decoder reads the
                 embeddings of their codes.
+            patch_features (`torch.Tensor` of shape `[I, N, W]`, *optional*): What the tower has made of these images
+                before, so that it does not run again.
 
         Returns:
             [`VWLMMImageFeaturesOutput`], or a tuple with `return_dict=False`.
         """
+        if patch_features is not None:
+            return self.adapt(patch_features, None, keep_mask, read_as_codes)
         num_patches = None
         if image_sizes is not None:
             kwargs["image_sizes"] = image_sizes
@@ -70,11 +75,14 @@ class EncodesImages:
             **self.adapt(patch_features, num_patches, keep_mask, read_as_codes),
         )
 
-    def select_tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Which image tokens the visual tokenizer keeps of images `[I, 3, H, W]`: `torch.BoolTensor`, `[I, N]`."""
-        with torch.no_grad():
-            patch_features, _ = run_vision_tower(self.vision_tower, self.config, pixel_values.to(self.dtype))
-            return self.visual_tokenizer.select_patches(patch_features)
+    @torch.no_grad()
+    def select_tokens(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Which image tokens the visual tokenizer keeps of images `[I, 3, H, W]`, `torch.BoolTensor` of shape `[I, N]`,
+        and the patch features `[I, N, W]` by which it does.
+        """
+        patch_features, _ = run_vision_tower(self.vision_tower, self.config, pixel_values.to(self.dtype))
+        return self.visual_tokenizer.select_patches(patch_features), patch_features
 
     def get_patch_feature_size(self) -> int:
         """Width `W` of the patch features that the adapter reads."""

@@ -98,6 +98,7 @@ class VWLMMModel(EncodesImages, FrozenVisionTower, WithVisualWords, LlavaModel):
         image_positions: torch.LongTensor | None = None,
         keep_mask: torch.Tensor | None = None,
         read_as_codes: torch.Tensor | None = None,
+        patch_features: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | LlavaModelOutputWithPast:
         """
@@ -121,6 +122,7 @@ class VWLMMModel(EncodesImages, FrozenVisionTower, WithVisualWords, LlavaModel):
             image_sizes,
             keep_mask,
             read_as_codes,
+            patch_features,
         )
         embed = self.get_input_embeddings()
         if inputs_embeds is None:
@@ -233,6 +235,7 @@ class VWLMMForConditionalGeneration(
         num_image_items_in_batch: int | torch.Tensor | None = None,
         keep_mask: torch.Tensor | None = None,
         read_as_codes: torch.Tensor | None = None,
+        patch_features: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | VWLMMCausalLMOutputWithPast:
         """
@@ -264,6 +267,8 @@ class VWLMMForConditionalGeneration(
                 drops some. The decoder does not read dropped ones, and no objective supervises them.
             read_as_codes (`torch.BoolTensor` of shape `[I]`, *optional*):
                 Images of which the decoder reads the embeddings of their codes, as it does where it writes them.
+            patch_features (`torch.Tensor` of shape `[I, N, W]`, *optional*):
+                What the vision tower has made of these images before, so that it does not run again.
             kwargs:
                 What objectives ask for beside these, such as `image_labels`, and what the decoder takes.
 
@@ -289,6 +294,7 @@ class VWLMMForConditionalGeneration(
             image_sizes,
             keep_mask,
             read_as_codes,
+            patch_features,
         )
         if supervised_positions is not None and images is not None:
             supervised_positions = leave_out_dropped(supervised_positions, images.get("keep_mask"))

@@ -274,6 +274,20 @@ class TestUnifiedPreTraining:
         longest = (batch["attention_mask"].sum(dim=1) - num_dropped).max()
         assert [shape[:2] for shape in read] == [(2, longest)]
 
+    @pytest.mark.parametrize("trains", [None, ["adapter", "decoder", "mm_head", "vision_tower"]])
+    def test_a_frozen_tower_runs_once_a_step(self, trained, lavit_processor, pairs, tmp_path, monkeypatch, trains):
+        model, seen = make_model(trained), []
+        run = model.model.vision_tower.forward
+        monkeypatch.setattr(
+            model.model.vision_tower, "forward", lambda pixels, **kw: seen.append(len(pixels)) or run(pixels, **kw)
+        )
+        before = model.model.vision_tower.state_dict()["embeddings.patch_embedding.weight"].clone()
+        options = {"max_steps": 1, "per_device_train_batch_size": 6, "global_batch_size": 12, "trains": trains}
+        train_model(model, lavit_processor, pairs, tmp_path, **options)
+        assert sum(seen) == 12 * (1 if trains is None else 2)  # images
+        after = model.model.vision_tower.state_dict()["embeddings.patch_embedding.weight"]
+        assert torch.equal(before, after) == (trains is None)
+
     def test_lora(self, trained, lavit_processor, pairs, tmp_path, caplog, monkeypatch):
         monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
         model = make_model(trained)

@@ -270,8 +270,10 @@ class VWLMMTrainer(SavesWholeCheckpoints, LoadsInOrder, SFTTrainer):
     def _runs_tower_without_images(self) -> bool:
         if self.accelerator.num_processes == 1:
             return False
-        tower_learns = any(parameter.requires_grad for parameter in self._base_model.model.vision_tower.parameters())
-        return tower_learns or self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+        return self._tower_learns() or self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+
+    def _tower_learns(self) -> bool:
+        return any(parameter.requires_grad for parameter in self._base_model.model.vision_tower.parameters())
 
     def _set_signature_columns_if_needed(self) -> None:
         # Private: Transformers has no public list of the columns that a collator reads.
@@ -336,7 +338,7 @@ class VWLMMTrainer(SavesWholeCheckpoints, LoadsInOrder, SFTTrainer):
             if selects_tokens(self._config) and len(batch.get("pixel_values", ())):
                 # Before the step: its losses are means over the image tokens that are kept.
                 if "keep_mask" not in batch:
-                    batch["keep_mask"] = self._select_tokens(batch["pixel_values"].to(device))
+                    batch |= self._select_tokens(batch["pixel_values"].to(device))
                 batch["supervised_positions"] = leave_out_dropped(batch["supervised_positions"], batch["keep_mask"])
             for name, positions in batch["supervised_positions"]["by_objective"].items():
                 counts[name] += len(positions)
@@ -350,13 +352,16 @@ class VWLMMTrainer(SavesWholeCheckpoints, LoadsInOrder, SFTTrainer):
                 counts = dict(zip(counts, total, strict=True))
         return batches, counts
 
-    def _select_tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def _select_tokens(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
             raise ValueError(
                 "The visual tokenizer selects image tokens before a step, and here its weights are sharded. Write the "
                 "codes once, `dataset.map(tokenize_images(...))`, and train on what that returns."
             )
-        return self._base_model.model.select_tokens(pixel_values)
+        with self.compute_loss_context_manager():
+            keep_mask, patch_features = self._base_model.model.select_tokens(pixel_values)
+        # A tower that learns has to run in the step.
+        return {"keep_mask": keep_mask} | ({} if self._tower_learns() else {"patch_features": patch_features})
 
     def compute_loss(
         self,
