@@ -60,6 +60,10 @@ class ScriptArguments:
         default=None, metadata={"help": "LaVIT's stage 1: fields of VWLMMVisualTokenizerConfig, as a mapping."}
     )
     adapter: str = field(default="token_merger", metadata={"help": "LaVIT's stage 2, to begin with: the adapter."})
+    merger_init: str = field(
+        default="tokenizer",
+        metadata={"help": "LaVIT's stage 2, to begin with: 'tokenizer', or 'identity' to add nothing."},
+    )
     use_pseudo_image_features: bool | None = field(
         default=None, metadata={"help": "Whether the decoder reads pseudo image features. By default as before."}
     )
@@ -122,7 +126,11 @@ def load_model(
         return tokenizer, VWLMMProcessor.from_visual_tokenizer(tokenizer.config, text, **template)
     if script_args.visual_tokenizer is not None:
         model = VWLMMForConditionalGeneration.from_visual_tokenizer(
-            script_args.visual_tokenizer, text, adapter=script_args.adapter, dtype=dtype
+            script_args.visual_tokenizer,
+            text,
+            merger_init=script_args.merger_init,
+            adapter=script_args.adapter,
+            dtype=dtype,
         )
         return model, VWLMMProcessor.from_pretrained(script_args.visual_tokenizer)
     processor = VWLMMProcessor.from_vision_text_pretrained(script_args.vision_tower, text, **template)

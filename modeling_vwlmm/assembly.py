@@ -107,12 +107,12 @@ def from_visual_tokenizer(
     cls: type[VWLMMForConditionalGeneration],
     visual_tokenizer: str | VWLMMVisualTokenizer,
     text: str | PreTrainedModel,
+    merger_init: str = "tokenizer",
     **config: Any,
 ) -> VWLMMForConditionalGeneration:
     """
     The model that LaVIT's stage 2 starts from: a trained visual tokenizer with its tower, an LLM with rows for
-    `[IMG]`, `[/IMG]` and the codes, and an adapter: by default the reader's token merger, which begins as that of the
-    tokenizer.
+    `[IMG]`, `[/IMG]` and the codes, and an adapter: by default the reader's token merger.
 
     The new rows are the mean of the LLM's, with little noise: what a new token means nobody knows yet.
 
@@ -120,14 +120,21 @@ def from_visual_tokenizer(
         cls (`type`): Class of the model.
         visual_tokenizer (`str` or [`VWLMMVisualTokenizer`]): The tokenizer: name, path or module. It is frozen.
         text (`str` or `PreTrainedModel`): Decoder-only LLM with its head: name, path or module. It is changed.
+        merger_init (`str`, *optional*, defaults to `"tokenizer"`):
+            How the reader's merger begins: as that of the tokenizer, which has learned to leave out what its codes
+            cannot say; or with `"identity"` as the same whose blocks add nothing yet, so that the decoder reads all
+            that the tower says of a kept patch.
         config: Fields of [`VWLMMConfig`], such as `adapter="mlp"`, and `dtype` for what is loaded here.
 
     Returns:
         [`VWLMMForConditionalGeneration`]
 
     Raises:
-        ValueError: For the reasons of [`from_vision_text_pretrained`], or if the tokenizer has no threshold yet.
+        ValueError: For the reasons of [`from_vision_text_pretrained`], if the tokenizer has no threshold yet, or if
+            `merger_init` is neither of the two.
     """
+    if merger_init not in ("tokenizer", "identity"):
+        raise ValueError(f"`merger_init` is {merger_init!r}; expected 'tokenizer' or 'identity'.")
     dtype = config.pop("dtype", "auto")
     if not isinstance(visual_tokenizer, PreTrainedModel):
         visual_tokenizer = VWLMMVisualTokenizer.from_pretrained(visual_tokenizer, dtype=dtype)
@@ -160,7 +167,10 @@ def from_visual_tokenizer(
     model.model.visual_tokenizer.load_state_dict(parts, assign=True)
     model.model.freeze_encoders()
     if config["adapter"] == "token_merger":
-        model.model.multi_modal_projector.merger.load_state_dict(visual_tokenizer.merger.state_dict())
+        merger = model.model.multi_modal_projector.merger
+        merger.load_state_dict(visual_tokenizer.merger.state_dict())
+        if merger_init == "identity":
+            merger.start_as_identity()
     return model
 
 

@@ -182,6 +182,15 @@ class TokenMerger(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_merger_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
+    @torch.no_grad()
+    def start_as_identity(self) -> None:
+        """Lets no block add anything yet: what comes out are the features themselves, normalised."""
+        for layer in self.layers:
+            for linear in (layer.self_attn.out_proj, layer.cross_attn.out_proj, layer.fc2):
+                linear.weight.zero_()
+                linear.bias.zero_()
+        self.norm.reset_parameters()
+
     def forward(self, patch_features: torch.Tensor, policy: torch.Tensor) -> torch.Tensor:
         """
         Args:

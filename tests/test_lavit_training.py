@@ -320,6 +320,26 @@ class TestUnifiedPreTraining:
         assert learned.replace(" ", "") == "apicture</s>"
 
 
+class TestBeginning:
+    def test_reader_begins_as_the_tokenizer_or_as_the_features(self, trained, lavit_processor, images):
+        pixel_values = lavit_processor.image_processor(list(images["images"]), return_tensors="pt")["pixel_values"]
+        features = trained.encode_patches(pixel_values)  # [I, N, C]
+        keep_mask = trained.select_patches(features)
+        read = {}
+        with torch.no_grad():
+            trained.merger.norm.weight.mul_(2)  # as if it had learned
+            for merger_init in ("tokenizer", "identity"):
+                reader = make_model(trained, merger_init=merger_init).model.multi_modal_projector.merger
+                read[merger_init] = reader(features, keep_mask)[keep_mask]  # [kept, C]
+            tokenizers_own = trained.merger(features, keep_mask)[keep_mask]
+        assert torch.equal(read["tokenizer"], tokenizers_own)
+        assert_close(read["identity"], torch.nn.functional.layer_norm(features, features.shape[-1:])[keep_mask])
+
+    def test_unknown_beginning(self, trained):
+        with pytest.raises(ValueError, match="expected 'tokenizer' or 'identity'"):
+            make_model(trained, merger_init="random")
+
+
 class TestBadInput:
     def test_other_stages_write_no_images(self, tmp_path):
         with pytest.raises(ValueError, match="no other writes images"):
