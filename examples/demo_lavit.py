@@ -8,6 +8,7 @@ It trains with the recipes of `examples/recipes/small_world_lavit`, adds the abl
 ends with two tables and two pictures in `runs/small_world_lavit`.
 """
 
+import json
 import time
 from collections import Counter
 from pathlib import Path
@@ -33,6 +34,7 @@ from matplotlib.patches import Rectangle
 
 RECIPES = Path("examples/recipes/small_world_lavit")
 RUNS = Path("runs/small_world_lavit")
+LANGUAGE_MODEL = "examples/small_world/llm"
 NUM_CAPTIONS, NUM_CONVERSATIONS = 4800, 3800
 NO_CODES = ["--visual_objective", "{}", "--text_first_share", "0", "--output_dir", str(RUNS / "no_codes")]
 SHOTS = (0, 2, 4)
@@ -178,7 +180,6 @@ def measure_shots(model: VWLMMForConditionalGeneration, processor: VWLMMProcesso
     return markdown_table(["examples in context", "questions", "exact match"], rows)
 
 
-@torch.inference_mode()
 def measure_codes(model: VWLMMForConditionalGeneration, processor: VWLMMProcessor, records: list[dict]) -> str:
     """The codes' loss on held-out images beside the entropy of their frequencies, tokens, and the time of a step."""
     total, positions, codes = 0.0, 0, []
@@ -192,7 +193,8 @@ def measure_codes(model: VWLMMForConditionalGeneration, processor: VWLMMProcesso
             padding_side="right",
             return_tensors="pt",
         )
-        term = model(**inputs, visual_objective="codes", use_cache=False).terms["codes"]
+        with torch.inference_mode():
+            term = model(**inputs, visual_objective="codes", use_cache=False).terms["codes"]
         total, positions = total + term.total.item(), positions + int(term.count)
         codes += model.get_image_codes(inputs["pixel_values"])
     counts = torch.cat(codes).bincount().double()
@@ -201,34 +203,41 @@ def measure_codes(model: VWLMMForConditionalGeneration, processor: VWLMMProcesso
         ["loss of codes and [/IMG], nats", f"{total / positions:.3f}"],
         ["entropy of the codes' frequencies, nats", f"{entropy:.3f}"],
         ["tokens an image", f"{np.mean([len(image) for image in codes]):.1f} of 64"],
-        ["time of a training step / of one with 64 tokens", f"{time_steps(model, processor, records):.2f}"],
     ]
+    for name, ratio in time_steps(model, processor).items():
+        rows.append([f"time of a training step on captions, {name} / of the MLP adapter's 64 tokens", f"{ratio:.2f}"])
     return markdown_table([f"codes, {len(records)} images", ""], rows)
 
 
-def time_steps(model: VWLMMForConditionalGeneration, processor: VWLMMProcessor, records: list[dict]) -> float:
-    """The median time of a step that reads kept tokens, over that of one which reads all, in turn."""
-    batch = records[:16]
+def time_steps(model: VWLMMForConditionalGeneration, processor: VWLMMProcessor) -> dict[str, float]:
+    """The median time of a training step on captions, without and with codes, over one of the MLP adapter, in turn."""
+    records = json.loads((RUNS / "data" / "captions.json").read_text())[:16]
     inputs = processor(
-        images=[Image.open(record["image"]) for record in batch],
-        text=[f"{processor.image_token}Question: {r['question']} Answer: {r['answer']}" for r in batch],
+        images=[Image.open(RUNS / "data" / "images" / record["image"]) for record in records],
+        text=[processor.image_token + record["conversations"][1]["value"] for record in records],
         padding=True,
         padding_side="right",
         return_tensors="pt",
     )
-    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-    everything = torch.ones(len(batch), 64, dtype=torch.bool)
-    with torch.inference_mode(False):
-        model.train()
-        times: dict[str, list[float]] = {"kept": [], "all": []}
-        for _ in range(8):
-            for name, keep_mask in (("kept", None), ("all", everything)):
-                begun = time.perf_counter()
-                model(**inputs, labels=labels, keep_mask=keep_mask, use_cache=False).loss.backward()
-                times[name].append(time.perf_counter() - begun)
-        model.zero_grad()
-        model.eval()
-    return float(np.median(times["kept"]) / np.median(times["all"]))
+    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    mlp = VWLMMForConditionalGeneration.from_visual_tokenizer(RUNS / "tokenizer", LANGUAGE_MODEL, adapter="mlp")
+    models = {"mlp": mlp, "text": model, "text and codes": model}
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(9):
+        for name, timed in models.items():
+            begun = time.perf_counter()
+            selected = {}
+            if name != "mlp":
+                keep_mask, patch_features = timed.model.select_tokens(inputs["pixel_values"])
+                selected = {"keep_mask": keep_mask, "patch_features": patch_features}
+            objective = {"codes": 0.1} if name == "text and codes" else {}
+            output = timed.train()(**inputs, **selected, visual_objective=objective, use_cache=False)
+            output.loss.backward()
+            times[name].append(time.perf_counter() - begun)
+    model.zero_grad()
+    model.eval()
+    medians = {name: float(np.median(values)) for name, values in times.items()}
+    return {name: medians[name] / medians["mlp"] for name in ("text", "text and codes")}
 
 
 def draw_kept(file: Path, kept: torch.Tensor, records: list[dict], num_images: int = 8) -> None:

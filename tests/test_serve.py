@@ -14,6 +14,7 @@ import urllib.request
 
 import numpy as np
 import pytest
+import test_lavit_training as lavit
 import torch
 from conftest import make_image
 from PIL import ExifTags, Image
@@ -27,18 +28,25 @@ pytest.importorskip("uvicorn")
 QUESTION = "What is in the image?"
 
 
-@pytest.fixture(scope="module")
-def client(vicuna, tmp_path_factory):
+@contextlib.contextmanager
+def serve(checkpoint, folder):
+    """A client of a server of a checkpoint."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    folder = tmp_path_factory.mktemp("serve")
-    serve = [sys.executable, "-c", WITHOUT_PACKAGE + "from transformers.cli.transformers import main; main()", "serve"]
+    command = [
+        sys.executable,
+        "-c",
+        WITHOUT_PACKAGE + "from transformers.cli.transformers import main; main()",
+        "serve",
+    ]
     options = ["--trust-remote-code", "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
     environment = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules")}
     with (
         open(folder / "log", "w+") as log,
-        subprocess.Popen([*serve, vicuna, *options], cwd=folder, stdout=log, stderr=log, env=environment) as server,
+        subprocess.Popen(
+            [*command, checkpoint, *options], cwd=folder, stdout=log, stderr=log, env=environment
+        ) as server,
     ):
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
         try:
@@ -51,6 +59,12 @@ def client(vicuna, tmp_path_factory):
             yield client
         finally:
             server.terminate()
+
+
+@pytest.fixture(scope="module")
+def client(vicuna, tmp_path_factory):
+    with serve(vicuna, tmp_path_factory.mktemp("serve")) as client:
+        yield client
 
 
 def ask(client, model: str, *images, question: str = QUESTION, **options) -> str:
@@ -111,3 +125,27 @@ def test_control_tokens_are_text(client, vicuna, model, processor):
 
 def test_answers_to_text_alone(client, vicuna, model, processor):
     assert ask(client, vicuna) == generate(model, processor)
+
+
+def test_model_that_drops_image_tokens(tmp_path):
+    """Images of which different numbers of tokens are kept, and a question behind an answer."""
+    images = [make_image(seed) for seed in (1, 5)]
+    tokenizer = lavit.make_tokenizer()
+    processor = lavit.make_processor(tokenizer)
+    pixel_values = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        tokenizer.selector.fc3.weight.mul_(20)
+        probabilities = tokenizer.selector(tokenizer.encode_patches(pixel_values))[..., 0].exp()  # [I, N]
+    tokenizer.config.threshold = probabilities.median().item()
+    model = lavit.make_model(tokenizer)
+    kept = model.model.select_tokens(pixel_values)[0].sum(dim=1).tolist()
+    assert len(set(kept)) == 2 and max(kept) < tokenizer.config.num_patches
+    folder = str(tmp_path / "lavit")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    with serve(folder, tmp_path) as client:
+        answers = [ask(client, folder, image) for image in images]
+        assert answers == [generate(model, processor, image) for image in images]
+        assert answers[0] != answers[1]
+        # Behind another conversation, too.
+        assert ask(client, folder, images[0]) == answers[0]
