@@ -4,13 +4,17 @@ read and to write them beside text, and answers questions about images it has ne
 
     make demo-lavit
 
-It trains with the recipes of `examples/recipes/small_world_lavit`, adds the ablation without the codes' objective, and
-ends with two tables and two pictures in `runs/small_world_lavit`.
+It trains with the recipes of `examples/recipes/small_world_lavit`, beside the ablation without codes, and
+ends with tables and two pictures in `runs/small_world_lavit`.
 """
 
+import argparse
 import json
+import multiprocessing
+import os
 import time
 from collections import Counter
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import matplotlib
@@ -35,44 +39,73 @@ from matplotlib.patches import Rectangle
 RECIPES = Path("examples/recipes/small_world_lavit")
 RUNS = Path("runs/small_world_lavit")
 LANGUAGE_MODEL = "examples/small_world/llm"
-NUM_CAPTIONS, NUM_CONVERSATIONS = 4800, 3800
-NO_CODES = ["--visual_objective", "{}", "--text_first_share", "0", "--output_dir", str(RUNS / "no_codes")]
+NUM_CAPTIONS, NUM_CONVERSATIONS = 8000, 5000
+# Both arms of the comparison: name, folder, and what it has in place of the recipes'.
+ARMS = {
+    "text and codes": ("stage2", []),
+    "text alone": ("no_codes", ["--visual_objective", "{}", "--text_first_share", "0"]),
+}
 SHOTS = (0, 2, 4)
 NUM_FEW_SHOT_QUESTIONS = 120
 
 
 def main() -> None:
     """Writes the data, trains both stages, and measures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=42, help="of weights and order; the data are the same for all")
+    parser.add_argument("--output", type=Path, default=RUNS, help="folder of checkpoints, tables and pictures")
+    args = parser.parse_args()
     start = time.monotonic()
     print("\n=== Writing the small world")
     write_llava_dataset(RUNS / "data", NUM_CAPTIONS, NUM_CONVERSATIONS)
     records = read_held_out(RUNS / "data")
     print("\n=== Stage 1: the visual tokenizer")
-    train.main(["--config", str(RECIPES / "stage1.yaml")])
-    tokenizer = VWLMMVisualTokenizer.from_pretrained(RUNS / "tokenizer")
-    processor = VWLMMProcessor.from_pretrained(RUNS / "tokenizer")
-    tables = measure_tokenizer(tokenizer, processor, records)
+    seed = ["--seed", str(args.seed)]
+    train.main(["--config", str(RECIPES / "stage1.yaml"), *seed, "--output_dir", str(args.output / "tokenizer")])
+    tokenizer = VWLMMVisualTokenizer.from_pretrained(args.output / "tokenizer")
+    processor = VWLMMProcessor.from_pretrained(args.output / "tokenizer")
+    tables = measure_tokenizer(tokenizer, processor, records, args.output)
     print("\n" + tables)
 
+    print(f"\n=== Stage 2 with {' and with '.join(ARMS)}, at once; they log to {args.output}/*.log")
+    context = multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(target=train_arm, args=(args.output, folder, [*options, *seed]))
+        for folder, options in ARMS.values()
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    if any(process.exitcode for process in processes):
+        raise SystemExit(f"Training failed; see {args.output}/*.log")
     accuracies = {}
-    for name, folder, options in (
-        ("text and codes", RUNS / "stage2", []),
-        ("text alone", RUNS / "no_codes", NO_CODES),
-    ):
-        print(f"\n=== Stage 2: {name}")
-        train.main(["--config", str(RECIPES / "stage2.yaml"), *options])
-        model = VWLMMForConditionalGeneration.from_pretrained(folder)
+    for name, (folder, _) in ARMS.items():
+        model = VWLMMForConditionalGeneration.from_pretrained(args.output / folder)
         accuracies[name] = measure_answers(answer_questions(model, processor, records), records)
 
     print("\n=== Examples in context, and codes")
-    model = VWLMMForConditionalGeneration.from_pretrained(RUNS / "stage2")
+    model = VWLMMForConditionalGeneration.from_pretrained(args.output / "stage2")
     tables += "\n" + answer_table(accuracies, records)
-    tables += "\n" + measure_shots(model, processor, records) + "\n" + measure_codes(model, processor, records)
-    (RUNS / "results.md").write_text(tables)
+    tables += (
+        "\n" + measure_shots(model, processor, records) + "\n" + measure_codes(model, processor, tokenizer, records)
+    )
+    (args.output / "results.md").write_text(tables)
     print(
-        f"\n{tables}\nPictures: {RUNS / 'kept.png'}, {RUNS / 'codes.png'}\n\n"
+        f"\n{tables}\nPictures: {args.output / 'kept.png'}, {args.output / 'codes.png'}\n\n"
         f"All of it took {(time.monotonic() - start) / 60:.1f} minutes."
     )
+
+
+def train_arm(output: Path, folder: str, options: list[str]) -> None:
+    """Stage 2 on captions, then on conversations, with a half of the cores."""
+    torch.set_num_threads(max((os.cpu_count() or 1) // 2, 1))
+    captions = str(output / f"{folder}_captions")
+    with open(output / f"{folder}.log", "w") as log, redirect_stdout(log), redirect_stderr(log):
+        begin = ["--config", str(RECIPES / "stage2.yaml"), "--visual_tokenizer", str(output / "tokenizer")]
+        train.main([*begin, *options, "--output_dir", captions])
+        go_on = ["--config", str(RECIPES / "stage2_conversations.yaml"), "--model_name_or_path", captions]
+        train.main([*go_on, *options, "--output_dir", str(output / folder)])
 
 
 def read_pixels(processor: VWLMMProcessor, records: list[dict]) -> torch.Tensor:
@@ -82,7 +115,9 @@ def read_pixels(processor: VWLMMProcessor, records: list[dict]) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def measure_tokenizer(tokenizer: VWLMMVisualTokenizer, processor: VWLMMProcessor, records: list[dict]) -> str:
+def measure_tokenizer(
+    tokenizer: VWLMMVisualTokenizer, processor: VWLMMProcessor, records: list[dict], output: Path
+) -> str:
     """What is kept, and what can be rebuilt from it, by threshold and by a draw; draws both pictures."""
     features = tokenizer.encode_patches(read_pixels(processor, records))  # [I, N, C]
     log_probs = tokenizer.selector(features)  # [I, N, 2]
@@ -109,8 +144,8 @@ def measure_tokenizer(tokenizer: VWLMMVisualTokenizer, processor: VWLMMProcessor
             **{f"patches of a code that agree on {k}": f"{v:.3f}" for k, v in agree(tokens, words).items()},
         }
         if selection == "threshold":
-            draw_kept(RUNS / "kept.png", kept, records)
-            draw_codes(RUNS / "codes.png", tokens, records)
+            draw_kept(output / "kept.png", kept, records)
+            draw_codes(output / "codes.png", tokens, records)
     generator = torch.Generator().manual_seed(0)
     random = torch.rand(kept.shape, generator=generator) < tokenizer.config.keep_rate  # [I, N]
     tokens = tokenizer.encode(patch_features=features, keep_mask=random)
@@ -180,7 +215,12 @@ def measure_shots(model: VWLMMForConditionalGeneration, processor: VWLMMProcesso
     return markdown_table(["examples in context", "questions", "exact match"], rows)
 
 
-def measure_codes(model: VWLMMForConditionalGeneration, processor: VWLMMProcessor, records: list[dict]) -> str:
+def measure_codes(
+    model: VWLMMForConditionalGeneration,
+    processor: VWLMMProcessor,
+    tokenizer: VWLMMVisualTokenizer,
+    records: list[dict],
+) -> str:
     """The codes' loss on held-out images beside the entropy of their frequencies, tokens, and the time of a step."""
     total, positions, codes = 0.0, 0, []
     texts = [f"{processor.image_token}{record['question']}" for record in records]
@@ -204,12 +244,14 @@ def measure_codes(model: VWLMMForConditionalGeneration, processor: VWLMMProcesso
         ["entropy of the codes' frequencies, nats", f"{entropy:.3f}"],
         ["tokens an image", f"{np.mean([len(image) for image in codes]):.1f} of 64"],
     ]
-    for name, ratio in time_steps(model, processor).items():
+    for name, ratio in time_steps(model, processor, tokenizer).items():
         rows.append([f"time of a training step on captions, {name} / of the MLP adapter's 64 tokens", f"{ratio:.2f}"])
     return markdown_table([f"codes, {len(records)} images", ""], rows)
 
 
-def time_steps(model: VWLMMForConditionalGeneration, processor: VWLMMProcessor) -> dict[str, float]:
+def time_steps(
+    model: VWLMMForConditionalGeneration, processor: VWLMMProcessor, tokenizer: VWLMMVisualTokenizer
+) -> dict[str, float]:
     """The median time of a training step on captions, without and with codes, over one of the MLP adapter, in turn."""
     records = json.loads((RUNS / "data" / "captions.json").read_text())[:16]
     inputs = processor(
@@ -220,7 +262,7 @@ def time_steps(model: VWLMMForConditionalGeneration, processor: VWLMMProcessor) 
         return_tensors="pt",
     )
     inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-    mlp = VWLMMForConditionalGeneration.from_visual_tokenizer(RUNS / "tokenizer", LANGUAGE_MODEL, adapter="mlp")
+    mlp = VWLMMForConditionalGeneration.from_visual_tokenizer(tokenizer, LANGUAGE_MODEL, adapter="mlp")
     models = {"mlp": mlp, "text": model, "text and codes": model}
     times: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(9):
