@@ -3,9 +3,9 @@
 """
 VLSA's cognition alignment (section 3.3): questions about pixels and codebook indices, answered as text.
 
-A question is about a quarter of an image's area, half as wide and half as high as the image. Its top left corner is given
-in hundredths of width and height, 0 to 50. The answer is a table of `grid x grid` values at the centres of its cells:
-`r,g,b` of the original image, or the indices that a VQ model gave these places.
+A question is about a quarter of an image's area, half as wide and half as high as the image. Its top left corner is
+given in hundredths of width and height, 0 to 50. The answer is a table of `grid x grid` values at the centres of its
+cells: `r,g,b` of the original image, or the indices that a VQ model gave these places.
 """
 
 import hashlib
@@ -114,8 +114,6 @@ def add_cognition_alignment(
     ```python
     >>> dataset = load_llava_dataset("llava_v1_5_mix665k.json", "images")
     >>> dataset = add_cognition_alignment(dataset, seed=0, index_share=0)
-    >>> dataset[0]["messages"][-1]["content"][0]["text"].splitlines()[0]
-    '201,188,171 203,190,172 199,186,170 180,170,158 97,88,80 64,57,51 60,55,50 58,52,49'
     ```
     """
     _check_settings(seed, pixel_share, index_share, grid, indices)
@@ -200,8 +198,8 @@ def _align_sample(add: Callable[[dict], dict], sample: dict[str, Any]) -> dict[s
 
 class CognitionAlignment:
     """
-    The transform of [`add_cognition_alignment`], whose arguments it takes: from a batch of samples with images as files
-    to one with questions added and images decoded.
+    The transform of [`add_cognition_alignment`], whose arguments it takes: of a batch of samples with images as files
+    it makes one with questions added and images decoded.
     """
 
     def __init__(
@@ -379,7 +377,7 @@ def sample_quarter(values: np.ndarray, corner: tuple[int, int], grid: int) -> np
         `np.ndarray` of shape `[grid, grid, ...]`
     """
     rows, columns = (
-        # The centre of cell i lies at corner / 100 + (i + 1/2) / (2 grid) of the side; in integers, so that it is exact.
+        # The centre of cell i is corner / 100 + (i + 1/2) / (2 grid) of the side; in integers, so that it is exact.
         [side * (start * grid + 25 * (2 * cell + 1)) // (100 * grid) for cell in range(grid)]
         for side, start in ((values.shape[0], corner[1]), (values.shape[1], corner[0]))
     )
@@ -404,11 +402,9 @@ def format_indices(indices: np.ndarray) -> str:
 def parse_pixels(text: str, grid: int) -> np.ndarray | None:
     """The pixels of an answer, `[grid, grid, 3]`; `None` if it is no such table of numbers from 0 to 255."""
     table = _parse(text, grid, lambda value: [*map(_parse_number, value.split(","))])
-    if table is None or any(
-        len(pixel) != 3 or not all(0 <= n <= 255 for n in pixel) for row in table for pixel in row
-    ):
-        return None
-    return np.array(table)
+    pixels = [pixel for row in table or () for pixel in row]
+    is_valid = table is not None and all(len(pixel) == 3 and all(0 <= n <= 255 for n in pixel) for pixel in pixels)
+    return np.array(table) if is_valid else None
 
 
 def parse_indices(text: str, grid: int) -> np.ndarray | None:

@@ -86,8 +86,8 @@ def _join_transforms(datasets: list[Dataset]) -> tuple[list[Dataset], TransformB
     if len(models) > 1:
         found = " and ".join(f"{indices.path} of {indices.model!r}" for indices in models.values())
         raise ValueError(
-            f"The datasets have codebook indices of different VQ models, {found}: the same number would mean different "
-            "things. Compute all of them with one model."
+            f"The datasets have codebook indices of different VQ models, {found}: the same number would mean "
+            "different things. Compute all of them with one model."
         )
     if any(PART_COLUMN in dataset.column_names for dataset in datasets):
         raise ValueError(

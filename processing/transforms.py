@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What changes samples as they are read, and how several datasets that are changed in different ways become one."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, Image, List
+from datasets.arrow_dataset import update_metadata_with_features
 
 
 # Which dataset of a mixture a sample comes from. Samples are read without it.
@@ -41,7 +43,11 @@ def set_decoding(dataset: Dataset, decode: bool) -> Dataset:
     if feature is None or feature.decode == decode:
         return dataset
     image = Image(mode=feature.mode, decode=decode)
-    return dataset.cast_column(column, image if column == "image" else List(image))
+    # As `cast_column`, which writes a column of lists anew; and with it a copy keeps what was set on the dataset.
+    dataset = copy.deepcopy(dataset)
+    dataset._info.features[column] = image if column == "image" else List(image)
+    dataset._data = update_metadata_with_features(dataset._data, dataset._info.features)
+    return dataset
 
 
 def decode_images(batch: Mapping[str, Any], feature: Image | None) -> dict[str, Any]:

@@ -3,9 +3,9 @@
 """
 A file of codebook indices, one map for each image of a data set, that `examples/vq_indices.py` computes once.
 
-`NAME.npy` holds the indices, `[images, h', w']` of uint16, and is memory-mapped. `NAME.json` beside it says what they are
-of: the images by name, each with a digest of its file, and the model, its codebook's size, its grid and the size that
-images were resized to. An image is found by the content of its file, wherever that lies.
+`NAME.npy` holds the indices, `[images, h', w']` of uint16, and is memory-mapped. `NAME.json` beside it says what they
+are of: the images by name, each with a digest of its file, and the model, its codebook's size, its grid and the size
+that images were resized to. An image is found by the content of its file, wherever that lies.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ class VQIndices:
     Codebook indices of images, memory-mapped.
 
     Args:
-        path (`str` or `os.PathLike`): The `.npy` file. Its description lies beside it, under the same name with `.json`.
+        path (`str` or `os.PathLike`): The `.npy` file. Its description lies beside it, `.json` in place of `.npy`.
 
     Attributes:
         model (`str`), model_digest (`str`): What computed them: its name, and a digest of its config and weights.
@@ -75,8 +75,8 @@ class VQIndices:
         if compute_check(indices) != fields["check"] or compute_fingerprint(fields) != self.fingerprint:
             raise ValueError(
                 f"{self.path} does not hold the indices that {description.name} describes, of {len(self.images)} "
-                f"images by {self.model!r}: one of the two is of another data set or another VQ model, or was changed. "
-                f"{REMEDY} anew."
+                f"images by {self.model!r}: one of the two is of another data set or another VQ model, or was "
+                f"changed. {REMEDY} anew."
             )
         self._indices = indices
         self._order: tuple[np.ndarray, np.ndarray] | None = None
@@ -141,8 +141,8 @@ class VQIndices:
             name = next((end for end in ends if end in self.images), None)
             if name is None:
                 raise ValueError(
-                    f"{self.path} has no codebook indices of {first}, one of {len(rest)} such images: it is of another "
-                    f"data set. {REMEDY} of this data set."
+                    f"{self.path} has no codebook indices of {first}, one of {len(rest)} such images: it is of "
+                    f"another data set. {REMEDY} of this data set."
                 )
             folder = first[: len(first) - len(name)]
             is_there = pc.and_(
