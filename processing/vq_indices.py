@@ -35,6 +35,7 @@ class VQIndices:
 
     Args:
         path (`str` or `os.PathLike`): The `.npy` file. Its description lies beside it, `.json` in place of `.npy`.
+        fingerprint (`str`, *optional*): What it has to have: another process says which file it has seen.
 
     Attributes:
         model (`str`), model_digest (`str`): What computed them: its name, and a digest of its config and weights.
@@ -46,7 +47,7 @@ class VQIndices:
         ValueError: If one of the two files is missing, is none, or does not belong to the other.
     """
 
-    def __init__(self, path: str | os.PathLike) -> None:
+    def __init__(self, path: str | os.PathLike, fingerprint: str | None = None) -> None:
         self.path = Path(path)
         description = self.path.with_suffix(".json")
         if self.path.suffix != ".npy":
@@ -78,11 +79,13 @@ class VQIndices:
                 f"images by {self.model!r}: one of the two is of another data set or another VQ model, or was "
                 f"changed. {REMEDY} anew."
             )
+        if fingerprint not in (None, self.fingerprint):
+            raise ValueError(f"{self.path} has changed since training began. Begin anew.")
         self._indices = indices
         self._order: tuple[np.ndarray, np.ndarray] | None = None
 
     def __reduce__(self) -> tuple:
-        return VQIndices, (self.path,)  # not what is mapped
+        return VQIndices, (self.path, self.fingerprint)  # not what is mapped
 
     def __eq__(self, other: Any) -> bool:
         return isinstance(other, VQIndices) and other.fingerprint == self.fingerprint
