@@ -4,9 +4,9 @@ VQ-VAE of Improved VQ-Diffusion or any other `VQModel` of diffusers, and written
 
     python examples/vq_indices.py llava_v1_5_mix665k.json images indices.npy
 
-Images become squares, whatever their shape, so that a place in hundredths of width and height is the same place of the
-map of indices. Each image file is encoded once, in however many conversations it is. A run that was killed goes on from
-its last batch when it is started again.
+Images become squares, whatever their shape, so that a place in hundredths of width and height is the same place of
+the map of indices. Each image file is encoded once, in however many conversations it is. A run that was killed goes on
+from its last batch when it is started again.
 """
 
 import argparse
@@ -80,8 +80,8 @@ def load_vq_model(name: str, subfolder: str | None = None) -> Any:
     except (OSError, ValueError) as error:
         place = name if subfolder is None else f"{name}, subfolder {subfolder}"
         raise ValueError(
-            f"There is no VQ model to be loaded from {place}: {error}. If it is gated, accept its terms and log in with "
-            "`hf auth login`; without a network pass a local folder as `--model`."
+            f"There is no VQ model to be loaded from {place}: {error}. If it is gated, accept its terms and log in "
+            "with `hf auth login`; without a network pass a local folder as `--model`."
         ) from error
     if vq.config.num_vq_embeddings > LARGEST_CODEBOOK:
         raise ValueError(

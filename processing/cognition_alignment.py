@@ -256,6 +256,21 @@ class CognitionAlignment:
         ]
         return {**batch, "messages": messages}
 
+    def find_added(self, before: dict[str, Any], sample: dict[str, Any]) -> list[tuple[str, int]]:
+        """
+        What was added to a sample.
+
+        Args:
+            before, sample (`dict`): Without and with what was added.
+
+        Returns:
+            `list[tuple[str, int]]`: The kind of question, and which message is its answer; nothing if nothing was.
+        """
+        if len(sample["messages"]) == len(before["messages"]):
+            return []
+        kind, *_, place, _ = self._draw(sample["id"], before["messages"], before[find_image_column(before)])
+        return [(kind, place + 1)]
+
     def draw_kind(self, sample_id: str | int) -> str | None:
         """Which question a sample with images gets: `"pixel"`, `"index"` or none."""
         drawn = int.from_bytes(self._digest(sample_id), "big") / 2**64
@@ -275,18 +290,23 @@ class CognitionAlignment:
     def _digest(self, sample_id: str | int) -> bytes:
         return hashlib.blake2b(f"{self.seed}/{sample_id}".encode("utf-8", "replace"), digest_size=8).digest()
 
-    def _add_pair(self, sample_id: str | int, messages: list[dict], images: list) -> list[dict]:
+    def _draw(self, sample_id: str | int, messages: list[dict], images: Any) -> tuple | None:
+        """The kind of question, which image it is about, the corner, the place in `messages`, and the wording."""
         kind = self.draw_kind(sample_id)
         if kind is None:
-            return messages
+            return None
         rng = random.Random(self._digest(sample_id) + b"pair")
-        number = rng.randrange(len(images))
+        number = rng.randrange(len(images)) if isinstance(images, list) else 0
         corner = (rng.randint(0, LAST_CORNER), rng.randint(0, LAST_CORNER))
         wording = rng.choice(QUESTIONS[kind])
         places = _find_places(messages, number)
-        if not places:
+        return (kind, number, corner, rng.choice(places), wording) if places else None
+
+    def _add_pair(self, sample_id: str | int, messages: list[dict], images: list) -> list[dict]:
+        drawn = self._draw(sample_id, messages, images)
+        if drawn is None:
             return messages
-        place = rng.choice(places)
+        kind, number, corner, place, wording = drawn
         try:
             answer = self.answer(kind, images[number], corner)
         except (ValueError, OSError) as error:

@@ -129,6 +129,11 @@ class TransformByPart:
                 added[is_of_part] = transform.estimate_added_tokens(table.filter(pa.array(is_of_part)))
         return added
 
+    def find_added(self, before: dict[str, Any], sample: dict[str, Any]) -> list[tuple[str, int]]:
+        """What was added to a sample, as the transform of its own dataset says."""
+        transform = self.transforms[before[PART_COLUMN]]
+        return transform.find_added(before, sample) if hasattr(transform, "find_added") else []
+
     def _apply(self, batch: dict[str, list], transform: Any) -> dict[str, list]:
         if PART_COLUMN not in batch:
             if "messages" in batch:
