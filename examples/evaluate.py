@@ -3,8 +3,8 @@ What a VW-LMM checkpoint knows of the small world: answers to held-out questions
 
     python examples/evaluate.py runs/small_world/stage4 runs/small_world/data
 
-With `--cognition` it also asks for pixels of held-out images, and with `--indices` for their codebook indices, as VLSA's
-cognition alignment does (see `add_cognition_alignment`).
+With `--cognition` it also asks for pixels of held-out images, and with `--indices` for their codebook indices, as
+VLSA's cognition alignment does (see `add_cognition_alignment`).
 """
 
 import argparse
