@@ -225,14 +225,19 @@ class CognitionAlignment:
         return hash(self.settings)
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
-        return decode_images(self.add(batch), self.image_feature)
+        decoded = decode_images(batch, self.image_feature)
+        if "messages" not in batch:
+            return decoded
+        column = find_image_column(batch)
+        return {**decoded, "messages": self.add(batch, decoded.get(column))["messages"]}
 
-    def add(self, batch: dict[str, list]) -> dict[str, list]:
+    def add(self, batch: dict[str, list], decoded: list | None = None) -> dict[str, list]:
         """
         Adds questions to a batch of samples.
 
         Args:
             batch (`dict[str, list]`): Columns `id`, `messages` and `images` or `image`: decoded, or as files.
+            decoded (`list`, *optional*): The column of images, decoded, so that no file is decoded twice.
 
         Returns:
             The batch with other `messages`; images are as they were. Without `messages` the batch itself.
@@ -248,11 +253,12 @@ class CognitionAlignment:
                 f"Samples are read as {', '.join(batch)} alone, and questions on images follow from `id`, `messages` "
                 "and `images`. Keep these columns."
             )
+        columns = (batch["id"], batch["messages"], batch[column], batch[column] if decoded is None else decoded)
         messages = [
-            self._add_pair(sample_id, messages, images if isinstance(images, list) else [images])
-            if images and messages
+            self._add_pair(sample_id, messages, *(i if isinstance(i, list) else [i] for i in (files, images)))
+            if files and messages
             else messages
-            for sample_id, messages, images in zip(batch["id"], batch["messages"], batch[column], strict=True)
+            for sample_id, messages, files, images in zip(*columns, strict=True)
         ]
         return {**batch, "messages": messages}
 
@@ -302,16 +308,16 @@ class CognitionAlignment:
         places = _find_places(messages, number)
         return (kind, number, corner, rng.choice(places), wording) if places else None
 
-    def _add_pair(self, sample_id: str | int, messages: list[dict], images: list) -> list[dict]:
-        drawn = self._draw(sample_id, messages, images)
+    def _add_pair(self, sample_id: str | int, messages: list[dict], files: list, images: list) -> list[dict]:
+        drawn = self._draw(sample_id, messages, files)
         if drawn is None:
             return messages
         kind, number, corner, place, wording = drawn
         try:
-            answer = self.answer(kind, images[number], corner)
+            answer = self.answer(kind, (files if kind == "index" else images)[number], corner)
         except (ValueError, OSError) as error:
             raise ValueError(f"Sample {sample_id!r}: {error}") from error
-        question = ask(wording, corner, self.grid, number if len(images) > 1 else None)
+        question = ask(wording, corner, self.grid, number if len(files) > 1 else None)
         pair = [
             {"role": role, "content": _as_content(text, messages[0]["content"])}
             for role, text in (("user", question), ("assistant", answer))
