@@ -188,8 +188,8 @@ def _align_stream(dataset: IterableDataset, alignment: "CognitionAlignment") -> 
     if feature is None or not feature.decode:
         return dataset.map(partial(_align_sample, alignment.add), features=dataset.features)
     alignment.image_feature = Image(mode=feature.mode)
-    files = dataset.decode(False)
-    return files.map(partial(_align_sample, alignment.add), features=files.features).cast(dataset.features)
+    # The features come last: a `map` that knows them takes them as applied, and leaves images as files.
+    return dataset.decode(False).map(partial(_align_sample, alignment.add)).cast(dataset.features)
 
 
 def _align_sample(add: Callable[[dict], dict], sample: dict[str, Any]) -> dict[str, Any]:

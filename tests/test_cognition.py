@@ -399,6 +399,8 @@ class TestStreams:
         assert by_id(stream) == by_id(aligned)
         sample = next(iter(stream))
         np.testing.assert_array_equal(sample["images"][0], plain[0]["images"][0])
+        assert stream.features == plain.features
+        assert next(iter(stream.decode(False)))["images"][0].keys() == {"bytes", "path"}
 
     def test_workers(self, plain, aligned):
         """Samples of a map-style dataset and of a stream, in processes of their own."""
@@ -639,7 +641,7 @@ def vq():
     """A tiny random VQModel: 16 x 16 pixels to 4 x 4 indices of 20."""
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
-    return diffusers.VQModel(
+    model = diffusers.VQModel(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(8, 8, 8),
@@ -649,6 +651,8 @@ def vq():
         layers_per_block=1,
         vq_embed_dim=4,
     ).eval()
+    model.quantize.embedding.weight.data.normal_(0, 0.5)  # as far apart as the latents are
+    return model
 
 
 class TestIndexFile:
