@@ -279,19 +279,23 @@ class CognitionAlignment:
 
     def draw_kind(self, sample_id: str | int) -> str | None:
         """Which question a sample with images gets: `"pixel"`, `"index"` or none."""
-        drawn = int.from_bytes(self._digest(sample_id), "big") / 2**64
-        if drawn < self.pixel_share:
-            return "pixel"
-        return "index" if drawn < self.pixel_share + self.index_share else None
+        return (*KINDS, None)[self._draw_kinds([sample_id])[0]]
 
     def estimate_added_tokens(self, table: pa.Table) -> np.ndarray:
         """About how many tokens each row of a dataset's table gets added, `[samples]`, without reading an image."""
         added = np.zeros(len(table), dtype=np.int64)
         rows = np.flatnonzero(count_images_in(table))
-        tokens = {kind: self.grid**2 * TOKENS_PER_VALUE[kind] + TOKENS_OF_QUESTION for kind in KINDS} | {None: 0}
+        tokens = [self.grid**2 * TOKENS_PER_VALUE[kind] + TOKENS_OF_QUESTION for kind in KINDS]
         ids = table.column("id").take(pa.array(rows)).to_pylist()
-        added[rows] = [tokens[self.draw_kind(sample_id)] for sample_id in ids]
+        added[rows] = np.array([*tokens, 0])[self._draw_kinds(ids)]
         return added
+
+    def _draw_kinds(self, ids: list[str | int]) -> np.ndarray:
+        """For each sample an index of `KINDS`, or behind them for no question, `[samples]`."""
+        digests = b"".join(map(self._digest, ids))
+        drawn = np.frombuffer(digests, dtype=">u8") / 2**64  # from 0 to 1
+        bounds = np.cumsum([self.pixel_share, self.index_share])
+        return np.searchsorted(bounds, drawn, side="right")
 
     def _digest(self, sample_id: str | int) -> bytes:
         return hashlib.blake2b(f"{self.seed}/{sample_id}".encode("utf-8", "replace"), digest_size=8).digest()

@@ -134,7 +134,7 @@ class VQIndices:
         Raises:
             ValueError: If one is not, with its path.
         """
-        names = pa.array(list(self.images), pa.string())
+        names = pa.array(list(self.images), paths.type)
         paths = rest = pc.unique(paths)
         while len(rest):
             # A name is the end of a path. What stands in front of it is the folder of many images.
@@ -148,11 +148,8 @@ class VQIndices:
                     f"another data set. {REMEDY} of this data set."
                 )
             folder = first[: len(first) - len(name)]
-            is_there = pc.and_(
-                pc.starts_with(rest, folder),
-                pc.is_in(pc.utf8_slice_codeunits(rest, start=len(folder)), value_set=names),
-            )
-            rest = rest.filter(pc.invert(is_there))
+            in_folder = pc.binary_join_element_wise(pa.scalar(folder, paths.type), names, pa.scalar("", paths.type))
+            rest = rest.filter(pc.invert(pc.is_in(rest, value_set=in_folder)))
         for row in sorted({*np.linspace(0, len(paths) - 1, NUM_CHECKED_FILES).astype(int)} if len(paths) else ()):
             path = paths[int(row)].as_py()
             self.get(Path(path).read_bytes(), path)
@@ -176,8 +173,10 @@ def compute_fingerprint(fields: dict[str, Any]) -> str:
     digest = hashlib.sha256()
     for name in FIELDS:
         if name != "fingerprint":
-            value = list(fields[name].items()) if name == "images" else fields[name]
-            digest.update(json.dumps([name, value]).encode())
+            value = (
+                "\0".join((*fields[name], *fields[name].values())) if name == "images" else json.dumps(fields[name])
+            )
+            digest.update(f"{name}\0{value}\0".encode())
     return digest.hexdigest()[:16]
 
 

@@ -625,7 +625,7 @@ class TestSettings:
             "images": [{"bytes": None, "path": "https://a.b/c.png"}],
         }
         dataset = Dataset.from_list([row], features=FEATURES)
-        with pytest.raises(ValueError, match="Sample 'id-0': .*address 'https://a.b/c.png', which is not fetched"):
+        with pytest.raises(ValueError, match="An image is the address 'https://a.b/c.png', which is not fetched"):
             add_cognition_alignment(dataset, 0, grid=2, **PIXELS)[0]
 
 
