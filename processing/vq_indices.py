@@ -57,7 +57,7 @@ class VQIndices:
                 raise ValueError(f"There is no {file}, which codebook indices are read from. {REMEDY}.")
         try:
             fields = json.loads(description.read_text())
-            indices = np.load(self.path, mmap_mode="r")
+            indices = np.lib.format.open_memmap(self.path, "r")
         except ValueError as error:
             raise ValueError(f"{self.path} or {description.name} is no file of indices: {error}. {REMEDY}.") from error
         if not isinstance(fields, dict) or (missing := [name for name in FIELDS if name not in fields]):
