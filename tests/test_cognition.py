@@ -160,6 +160,17 @@ class TestWhatIsDrawn:
                 places[place] += 1
         assert places.keys() == {2, 4, 6}
 
+    def test_place_of_a_later_image(self, plain):
+        """A question on the second image stands nowhere in front of it."""
+        sample, ids = plain[6], [str(number) for number in range(60)]
+        assert [text.startswith("<image>") for _, text in texts(sample)[::2]] == [True, True]
+        batch = {"id": ids, "messages": [sample["messages"]] * 60, "images": [sample["images"]] * 60}
+        places = {"1": set(), "2": set()}
+        for messages in CognitionAlignment(0, 1, 0, 1).add(batch)["messages"]:
+            place, question, _ = find_added(sample, {"messages": messages})
+            places[re.search("image ([12])", question)[1]].add(place)
+        assert places == {"1": {2, 4}, "2": {4}}
+
     def test_system_turns_and_strings(self, plain):
         rows = [
             {
