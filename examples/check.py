@@ -29,7 +29,9 @@ from modeling_vwlmm.training.stages import set_trainable_parameters
 from modeling_vwlmm.training.trainer import read_chat_template
 from modeling_vwlmm.training.training_modules import attach_training_modules
 from processing_vwlmm import VWLMMProcessor, load_llava_dataset
+from processing_vwlmm.cognition_alignment import KINDS
 from processing_vwlmm.llava_dataset import FEATURES, _read_records, find_rejected
+from processing_vwlmm.transforms import get_transform
 
 
 BAR = 40  # characters of the longest bar
@@ -56,6 +58,34 @@ class CheckingReader:
             file = Path(folder, Path(json_file).name)
             file.write_text(json.dumps(records))
             return load_llava_dataset(file, image_folder, on_bad_image)
+
+
+class AddedAnswers:
+    """Tokens of the answers on pixels and codebook indices that cognition alignment has added to conversations."""
+
+    def __init__(self, dataset: Dataset, processor: VWLMMProcessor) -> None:
+        self.transform = get_transform(dataset)
+        self.files = dataset.with_format(None)  # without what is added
+        self.tokenizer = processor.tokenizer
+        self.lengths: dict[str, list[int]] = {kind: [] for kind in KINDS}
+
+    def count(self, index: int, sample: dict) -> None:
+        """Counts the answer that was added to a sample."""
+        if not hasattr(self.transform, "find_added"):
+            return
+        for kind, place in self.transform.find_added(self.files[index], sample):
+            content = sample["messages"][place]["content"]
+            text = content if isinstance(content, str) else content[0]["text"]
+            self.lengths[kind].append(len(self.tokenizer(text, add_special_tokens=False).input_ids))
+
+    def print(self, num_supervised: int) -> None:
+        """Prints what they cost, of so many supervised tokens of all samples."""
+        for kind, lengths in self.lengths.items():
+            if lengths:
+                print(
+                    f"{kind} questions added: {len(lengths)}, {np.mean(lengths):.1f} tokens an answer, "
+                    f"{sum(lengths) / max(num_supervised, 1):.1%} of the supervised tokens"
+                )
 
 
 def check(
@@ -88,6 +118,7 @@ def check(
     if args.chat_template is not None:
         collator.chat_template = read_chat_template(args, processor)
     lengths, num_images, refused = [], [], reader.refused
+    added, num_supervised = AddedAnswers(dataset, processor), 0
     num_rejected = sum(map(len, [*refused.values(), *reader.skipped.values()]))
     begun = time.perf_counter()
     for index in range(len(dataset)):
@@ -100,6 +131,8 @@ def check(
         else:
             lengths.append(int(batch["attention_mask"].sum()))
             num_images.append(len(sample["images"] or []))
+            num_supervised += int((batch["labels"] != -100).sum())
+            added.count(index, sample)
     rate = len(dataset) / (time.perf_counter() - begun)
     num_refused = sum(map(len, refused.values()))
     print(f"{len(dataset) + num_rejected} samples, {num_refused} would stop the run")
@@ -113,6 +146,7 @@ def check(
         pairs = zip(edges[:-1].tolist(), (edges[1:] - 1).tolist(), strict=True)
         _print_bars("tokens", {f"{low}-{high}": n for (low, high), n in zip(pairs, counts.tolist(), strict=True)})
         _print_bars("images", dict(sorted(Counter(num_images).items())))
+        added.print(num_supervised)
         if args.max_length is not None:
             print(f"{sum(n >= args.max_length for n in lengths)} samples have {args.max_length} tokens, or were cut")
     num_bytes, model = _count_bytes(args, model, model_args)

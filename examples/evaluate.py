@@ -2,9 +2,13 @@
 What a VW-LMM checkpoint knows of the small world: answers to held-out questions, nearest tokens and visual words.
 
     python examples/evaluate.py runs/small_world/stage4 runs/small_world/data
+
+With `--cognition` it also asks for pixels of held-out images, and with `--indices` for their codebook indices, as
+VLSA's cognition alignment does (see `add_cognition_alignment`).
 """
 
 import argparse
+import random
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +22,9 @@ from tqdm import tqdm
 
 from modeling_vwlmm import VWLMMForConditionalGeneration
 from processing_vwlmm import VWLMMProcessor
+from processing_vwlmm import cognition_alignment as cognition
+from processing_vwlmm.cognition_alignment import parse_indices, parse_pixels
+from processing_vwlmm.vq_indices import VQIndices
 
 
 matplotlib.use("Agg")
@@ -25,11 +32,15 @@ import matplotlib.pyplot as plt
 
 
 BATCH_SIZE = 50
+MAX_NEW_TOKENS = 64
 
 
 @torch.inference_mode()
 def answer_questions(
-    model: VWLMMForConditionalGeneration, processor: VWLMMProcessor, records: list[dict]
+    model: VWLMMForConditionalGeneration,
+    processor: VWLMMProcessor,
+    records: list[dict],
+    max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> list[str]:
     """Greedy answers to the held-out questions, in their order."""
     # Answers to questions of one kind are about equally long, so that a batch of them wastes few decoding steps.
@@ -37,7 +48,8 @@ def answer_questions(
     answers = [""] * len(records)
     for start in tqdm(range(0, len(records), BATCH_SIZE), desc="Answering", unit="batch"):
         batch = order[start : start + BATCH_SIZE]
-        for index, text in zip(batch, answer(model, processor, [[ask(records[i])] for i in batch]), strict=True):
+        texts = answer(model, processor, [[ask(records[i])] for i in batch], max_new_tokens)
+        for index, text in zip(batch, texts, strict=True):
             answers[index] = text
     return answers
 
@@ -49,7 +61,10 @@ def ask(record: dict) -> dict:
 
 
 def answer(
-    model: VWLMMForConditionalGeneration, processor: VWLMMProcessor, conversations: list[list[dict]]
+    model: VWLMMForConditionalGeneration,
+    processor: VWLMMProcessor,
+    conversations: list[list[dict]],
+    max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> list[str]:
     """Greedy answers to a batch of conversations that end with a question."""
     inputs = processor.apply_chat_template(
@@ -60,7 +75,7 @@ def answer(
         return_tensors="pt",
         processor_kwargs={"padding": True, "padding_side": "left"},
     )
-    output = model.generate(**inputs, max_new_tokens=64, do_sample=False)  # [B, L + new]
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)  # [B, L + new]
     texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts]
 
@@ -73,6 +88,79 @@ def measure_answers(answers: list[str], records: list[dict]) -> dict[str, float]
             asked[kind] += 1
             right[kind] += answer == record["answer"]
     return {kind: right[kind] / asked[kind] for kind in (*KINDS, "all")}
+
+
+def make_cognition_questions(
+    records: list[dict], grid: int = 8, indices: VQIndices | None = None, seed: int = 0
+) -> list[dict]:
+    """
+    Questions on pixels, and where there are `indices` on these, one of each kind for each record's image.
+
+    Args:
+        records (`list[dict]`): With `id` and `image`, a path.
+        grid (`int`, *optional*, defaults to 8): Rows and columns of an answer.
+        indices ([`VQIndices`], *optional*): Codebook indices of the images.
+        seed (`int`, *optional*, defaults to 0): Of places and wordings.
+
+    Returns:
+        `list[dict]`, each with `kind` (`"pixel"` or `"index"`), `image`, `question` and `answer`.
+
+    Raises:
+        ValueError: If an image is not among those of `indices`.
+    """
+    alignment = cognition.CognitionAlignment(seed, 1, 0, grid, indices)
+    questions = []
+    for kind in cognition.KINDS if indices is not None else ("pixel",):
+        for record in records:
+            rng = random.Random(f"{seed}/{kind}/{record['id']}")
+            corner = (rng.randint(0, cognition.LAST_CORNER), rng.randint(0, cognition.LAST_CORNER))
+            question = cognition.ask(rng.choice(cognition.QUESTIONS[kind]), corner, grid)
+            true = alignment.answer(kind, {"bytes": None, "path": record["image"]}, corner)
+            questions.append({"kind": kind, "image": record["image"], "question": question, "answer": true})
+    return questions
+
+
+def count_answer_tokens(processor: VWLMMProcessor, questions: list[dict]) -> int:
+    """Tokens of the longest right answer, its end included."""
+    answers = [question["answer"] for question in questions]
+    return max(map(len, processor.tokenizer(answers, add_special_tokens=False).input_ids)) + 1
+
+
+def measure_cognition(answers: list[str], questions: list[dict], grid: int = 8) -> dict[str, dict[str, float]]:
+    """
+    How near answers on pixels and on codebook indices come: they cannot be guessed, so that exact match says nothing.
+
+    Args:
+        answers (`list[str]`): The model's.
+        questions (`list[dict]`): As [`make_cognition_questions`] makes them.
+        grid (`int`, *optional*, defaults to 8): Rows and columns of an answer.
+
+    Returns:
+        `dict[str, dict[str, float]]`, by kind with `questions` and `unreadable`, answers that are no such table. For
+        `pixel` also `mean_absolute_error`, of 255, over the readable ones (NaN if there are none), and
+        `mean_colour_error`, what the true mean colour in place of each readable answer would have. For `index` also
+        `accuracy`, over all: in an unreadable one no index is right.
+    """
+    measured = {}
+    for kind, parse in (("pixel", parse_pixels), ("index", parse_indices)):
+        pairs = [
+            (parse(answer, grid), parse(question["answer"], grid))
+            for answer, question in zip(answers, questions, strict=True)
+            if question["kind"] == kind
+        ]
+        if not pairs:
+            continue
+        readable = [(found, true) for found, true in pairs if found is not None]
+        measured[kind] = {"questions": len(pairs), "unreadable": len(pairs) - len(readable)}
+        if kind == "index":
+            right = sum((found == true).sum() for found, true in readable)
+            measured[kind]["accuracy"] = float(right / (len(pairs) * grid**2))
+        else:
+            errors = [np.abs(found - true).mean() for found, true in readable]
+            constant = [np.abs(true - true.mean(axis=(0, 1))).mean() for _, true in readable]
+            measured[kind]["mean_absolute_error"] = float(np.mean(errors)) if errors else float("nan")
+            measured[kind]["mean_colour_error"] = float(np.mean(constant)) if errors else float("nan")
+    return measured
 
 
 @torch.inference_mode()
@@ -156,18 +244,29 @@ def draw(path: Path, records: list[dict], nearest: np.ndarray, visual: np.ndarra
     plt.close(figure)
 
 
-def main() -> None:
-    """Prints what is measured of the checkpoint that the command line names."""
+def main(arguments: list[str] | None = None) -> None:
+    """Prints what is measured of the checkpoint that the command line, or `arguments` in its place, names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="folder of a VW-LMM checkpoint")
     parser.add_argument("data", help="folder that small_world.py wrote")
-    args = parser.parse_args()
+    parser.add_argument("--cognition", type=int, default=0, help="held-out images whose pixels are asked for")
+    parser.add_argument("--grid", type=int, default=8, help="with --cognition: rows and columns of an answer")
+    parser.add_argument("--indices", help="with --cognition: codebook indices of the images, a .npy file")
+    args = parser.parse_args(arguments)
+    if args.cognition < 0 or args.grid < 1 or (args.indices and not args.cognition):
+        parser.error("--cognition is a number of images, --grid is positive, and --indices needs --cognition")
+    records = read_held_out(args.data)
+    indices = VQIndices(args.indices) if args.indices else None
+    asked = make_cognition_questions(records[: args.cognition], args.grid, indices)  # before a model is loaded
     model = VWLMMForConditionalGeneration.from_pretrained(args.checkpoint)
     processor = VWLMMProcessor.from_pretrained(args.checkpoint)
-    records = read_held_out(args.data)
     print(measure_answers(answer_questions(model, processor, records), records))
     for name, words in zip(("nearest tokens", "visual words"), read_patches(model, processor, records), strict=True):
         print(name, measure_patches(words, records))
+    if asked:
+        answers = answer_questions(model, processor, asked, count_answer_tokens(processor, asked))
+        for kind, measures in measure_cognition(answers, asked, args.grid).items():
+            print(f"{kind} questions", measures)
 
 
 if __name__ == "__main__":

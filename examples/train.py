@@ -29,7 +29,7 @@ from modeling_vwlmm import (
     VWLMMVisualTokenizer,
 )
 from modeling_vwlmm.training import find_last_checkpoint
-from processing_vwlmm import VWLMMProcessor, load_llava_dataset, mix_datasets
+from processing_vwlmm import VWLMMProcessor, add_cognition_alignment, load_llava_dataset, mix_datasets
 
 
 @dataclass
@@ -44,6 +44,14 @@ class ScriptArguments:
         metadata={
             "help": "In place of `json_file`, a list of `{json_file: ..., image_folder: ..., weight: ...}`; a weight "
             "is how often each sample is seen in a pass, by default 1."
+        },
+    )
+    # A string for the command line, too.
+    cognition_alignment: str | None = field(
+        default=None,
+        metadata={
+            "help": "VLSA: questions on pixels and codebook indices among the others, as `{pixel_share: 0.25, "
+            "index_share: 0.25, grid: 8, indices: FILE.npy}`; what is left out is as in `add_cognition_alignment`."
         },
     )
     on_bad_image: str = field(default="raise", metadata={"help": "'raise' or 'skip' samples whose image is broken."})
@@ -79,7 +87,24 @@ class ScriptArguments:
 
 
 def load_data(script_args: ScriptArguments, seed: int, read: Callable[..., Dataset] = load_llava_dataset) -> Dataset:
-    """The dataset of a recipe, or its mixture, whose fractions of datasets are drawn by `seed`."""
+    """
+    The dataset of a recipe, or its mixture, whose fractions of datasets are drawn by `seed`, as are the questions of
+    cognition alignment.
+    """
+    dataset = _load_mixture(script_args, seed, read)
+    options = script_args.cognition_alignment
+    if options is None:
+        return dataset
+    options = _parse_json(options)
+    names = {"pixel_share", "index_share", "grid", "indices"}
+    if not isinstance(options, dict) or not options.keys() <= names:
+        raise ValueError(
+            f"`cognition_alignment` is {options!r}, expected a mapping with some of {', '.join(sorted(names))}."
+        )
+    return add_cognition_alignment(dataset, seed, **options)
+
+
+def _load_mixture(script_args: ScriptArguments, seed: int, read: Callable[..., Dataset]) -> Dataset:
     on_bad_image, entries = script_args.on_bad_image, script_args.datasets
     if entries is None:
         if script_args.json_file is None or script_args.image_folder is None:
@@ -90,9 +115,7 @@ def load_data(script_args: ScriptArguments, seed: int, read: Callable[..., Datas
         raise ValueError(
             "Found `datasets` beside `json_file` or `image_folder`: pass either `datasets` or `json_file`."
         )
-    if isinstance(entries, str):
-        with contextlib.suppress(ValueError):
-            entries = json.loads(entries)
+    entries = _parse_json(entries)
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(
             f"`datasets` is {entries!r}, expected a list of {{json_file: ..., image_folder: ..., weight: ...}}."
@@ -101,6 +124,14 @@ def load_data(script_args: ScriptArguments, seed: int, read: Callable[..., Datas
         _check_entry(entry)
     datasets = [read(entry["json_file"], entry["image_folder"], on_bad_image=on_bad_image) for entry in entries]
     return mix_datasets(datasets, [entry.get("weight", 1) for entry in entries], seed)
+
+
+def _parse_json(value: Any) -> Any:
+    """What a string says as JSON; anything else, such as what a recipe has, as it is."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return json.loads(value)
+    return value
 
 
 def load_model(

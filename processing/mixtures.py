@@ -9,11 +9,18 @@ from collections.abc import Sequence
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 
+from .cognition_alignment import CognitionAlignment
+from .transforms import PART_COLUMN, TransformByPart, get_image_feature, get_transform, set_decoding
+
 
 def mix_datasets(datasets: Sequence[Dataset], weights: Sequence[float], seed: int = 0) -> Dataset:
     """
     Puts datasets together, each as often as its weight says: of one with weight 2.5, every sample is there twice, and
     half of them, drawn by `seed`, once more. The samples stand in order, dataset by dataset: a sampler mixes them.
+
+    Where datasets change their samples as they are read (`add_cognition_alignment`, `with_transform`), each sample is
+    changed as its own dataset has it. If they do so in different ways, a column `mixture_part` of the mixture says
+    which dataset a sample is from; samples are read without it.
 
     Args:
         datasets (`Sequence[datasets.Dataset]`): With the same columns.
@@ -25,11 +32,12 @@ def mix_datasets(datasets: Sequence[Dataset], weights: Sequence[float], seed: in
 
     Raises:
         ValueError: If there is no dataset, not one weight for each, a weight that is not positive and finite, or if
-            columns or their types differ.
+            columns or their types differ, or if datasets have codebook indices of different VQ models.
     """
     datasets = list(datasets)
     if not datasets or len(datasets) != len(weights):
         raise ValueError(f"Found {len(datasets)} datasets and {len(weights)} weights, expected one for each.")
+    datasets, transform = _join_transforms(datasets)
     for number, (dataset, weight) in enumerate(zip(datasets, weights, strict=True)):
         is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
         if not is_number or not math.isfinite(weight) or weight <= 0:
@@ -54,7 +62,46 @@ def mix_datasets(datasets: Sequence[Dataset], weights: Sequence[float], seed: in
     if not parts:
         raise ValueError(f"No sample is left: {list(weights)} of {[len(dataset) for dataset in datasets]} samples.")
     mixed = concatenate_datasets(parts)
+    if transform is not None:
+        mixed = mixed.with_transform(transform)
     mixed.num_skipped_samples = sum(getattr(dataset, "num_skipped_samples", 0) for dataset in datasets)
     content = repr(([dataset._fingerprint for dataset in datasets], [float(weight) for weight in weights], seed))
     mixed._fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
     return mixed
+
+
+def _join_transforms(datasets: list[Dataset]) -> tuple[list[Dataset], TransformByPart | None]:
+    """
+    Where datasets have different transforms: the datasets without, each sample with the number of its own, and all
+    transforms as one.
+    """
+    transforms = [get_transform(dataset) for dataset in datasets]
+    if all(transform == transforms[0] for transform in transforms):
+        return datasets, None
+    models = {
+        transform.indices.model_digest: transform.indices
+        for transform in transforms
+        if isinstance(transform, CognitionAlignment) and transform.indices is not None
+    }
+    if len(models) > 1:
+        found = " and ".join(f"{indices.path} of {indices.model!r}" for indices in models.values())
+        raise ValueError(
+            f"The datasets have codebook indices of different VQ models, {found}: the same number would mean "
+            "different things. Compute all of them with one model."
+        )
+    if any(PART_COLUMN in dataset.column_names for dataset in datasets):
+        raise ValueError(
+            f"A dataset has the column `{PART_COLUMN}`: it is a mixture of datasets that change their samples in "
+            "different ways. Mix all of them in one call."
+        )
+    features = next((f for f in map(get_image_feature, (d.features for d in datasets)) if f is not None), None)
+    numbered = []
+    for number, dataset in enumerate(datasets):
+        fingerprint = dataset._fingerprint
+        dataset = set_decoding(dataset.with_format(None), False)
+        dataset = dataset.add_column(PART_COLUMN, np.full(len(dataset), number, dtype=np.int16))
+        dataset._fingerprint = fingerprint
+        numbered.append(dataset)
+    for dataset, given in zip(numbered, datasets, strict=True):
+        dataset.num_skipped_samples = getattr(given, "num_skipped_samples", 0)
+    return numbered, TransformByPart(transforms, features)

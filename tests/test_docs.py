@@ -410,7 +410,12 @@ class Names:
             *(transformers, trl, peft, builtins),
         )
         functions = (
-            *(processing_vwlmm.load_llava_dataset, VWLMMTrainer, VWLMMTrainer.create_model_card),
+            *(
+                processing_vwlmm.add_cognition_alignment,
+                processing_vwlmm.load_llava_dataset,
+                VWLMMTrainer,
+                VWLMMTrainer.create_model_card,
+            ),
             *(VWLMMForConditionalGeneration.get_visual_words, VWLMMForConditionalGeneration.from_llava),
             *(VWLMMProcessor.from_vision_text_pretrained, transformers.pipeline, transformers.QuantoConfig),
             *(VWLMMForConditionalGeneration.generate, *objectives_vwlmm.OBJECTIVES.values()),

@@ -10,6 +10,8 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 from trl.data_utils import prepare_multimodal_messages
 
+from processing_vwlmm.transforms import get_transform
+
 from .collating import VWLMMDataCollator, to_messages
 from .sampling import count_images
 
@@ -103,7 +105,8 @@ def count_tokens(
     dataset: Dataset, collator: VWLMMDataCollator, length_column_name: str = "length", num_proc: int | None = None
 ) -> np.ndarray:
     """
-    How many tokens the collator makes of each sample, without reading an image.
+    How many tokens the collator makes of each sample, without reading an image, but where a transform has to for what
+    it adds to a conversation.
 
     Args:
         dataset (`datasets.Dataset`): Columns `messages` and `images`, or `length`.
@@ -127,8 +130,13 @@ def count_tokens(
         )
     num_images = count_images(dataset)
     processor = collator.processor
+    transform = get_transform(dataset)
+    adds = hasattr(transform, "add")
+    # Images stay files. All columns are those that a transform reads.
+    dataset = dataset.with_format(None) if adds else dataset.select_columns(columns)
 
     def count(samples: dict[str, list], indices: list[int]) -> dict[str, list[int]]:
+        samples = transform.add(samples) if adds else samples
         conversations = [
             to_messages({name: samples[name][row] for name in columns})["messages"] for row in range(len(indices))
         ]
@@ -142,7 +150,12 @@ def count_tokens(
         further = (collator.count_image_tokens() - 1) * num_images[indices]
         return {"length": [len(ids) + more for ids, more in zip(token_ids, further.tolist(), strict=True)]}
 
-    counted = dataset.select_columns(columns).map(
-        count, batched=True, with_indices=True, remove_columns=columns, num_proc=num_proc, desc="Counting tokens"
+    counted = dataset.map(
+        count,
+        batched=True,
+        with_indices=True,
+        remove_columns=dataset.column_names,
+        num_proc=num_proc,
+        desc="Counting tokens",
     )
     return np.asarray(counted["length"][:])

@@ -12,6 +12,8 @@ from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from processing_vwlmm.transforms import get_transform
+
 from ..objectives_vwlmm import OBJECTIVES
 
 
@@ -85,6 +87,7 @@ def estimate_lengths(dataset: Dataset, image_seq_length: int) -> tuple[np.ndarra
 
     Args:
         dataset (`datasets.Dataset`): A column `images` or `image`, those that objectives read, and text in any other.
+            What a transform adds to samples is counted where it has `estimate_added_tokens`.
         image_seq_length (`int`): Tokens of one image.
 
     Returns:
@@ -99,7 +102,11 @@ def estimate_lengths(dataset: Dataset, image_seq_length: int) -> tuple[np.ndarra
         for name in table.column_names
         if name not in not_text
     )
-    return num_bytes // BYTES_PER_TOKEN + num_images * image_seq_length, num_images > 0
+    lengths = num_bytes // BYTES_PER_TOKEN + num_images * image_seq_length
+    transform = get_transform(dataset)
+    if hasattr(transform, "estimate_added_tokens"):
+        lengths = lengths + transform.estimate_added_tokens(table)
+    return lengths, num_images > 0
 
 
 def _num_bytes(array: pa.Array) -> np.ndarray:

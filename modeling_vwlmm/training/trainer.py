@@ -30,6 +30,7 @@ from trl.chat_template_utils import has_generation_markers
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from processing_vwlmm import VWLMMProcessor
+from processing_vwlmm.transforms import PART_COLUMN
 
 from ..adapters_vwlmm import selects_tokens
 from ..assembly import check_is_dense
@@ -279,7 +280,7 @@ class VWLMMTrainer(SavesWholeCheckpoints, LoadsInOrder, SFTTrainer):
         # Private: Transformers has no public list of the columns that a collator reads.
         super()._set_signature_columns_if_needed()
         objectives = self._objectives.values()
-        needed = ["id", *(column for o in objectives for column in (*o.columns, *o.optional_columns))]
+        needed = ["id", PART_COLUMN, *(column for o in objectives for column in (*o.columns, *o.optional_columns))]
         self._signature_columns += [column for column in needed if column not in self._signature_columns]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
