@@ -22,6 +22,7 @@ import numpy as np
 import PIL.Image
 import pyarrow as pa
 from datasets import Dataset, Image, IterableDataset
+from transformers.utils import logging
 
 from .images_vwlmm import convert_to_rgb
 from .transforms import (
@@ -35,6 +36,8 @@ from .transforms import (
 )
 from .vq_indices import VQIndices
 
+
+logger = logging.get_logger(__name__)
 
 KINDS = ("pixel", "index")
 # Where the top left corner of a quarter can lie, in hundredths of width and height.
@@ -99,15 +102,16 @@ def add_cognition_alignment(
             Of the samples with images, the share that gets a question of each kind.
         grid (`int`, *optional*, defaults to 8): Rows and columns of an answer.
         indices (`str`, `os.PathLike` or [`VQIndices`], *optional*):
-            The `.npy` file that `examples/vq_indices.py` has written. Needed where `index_share` is not 0.
+            The `.npy` file that `examples/vq_indices.py` has written. Without it no question is about indices, and a
+            warning says so.
 
     Returns:
         The dataset with the pairs added when samples are read.
 
     Raises:
-        ValueError: If a share lies outside of 0 to 1 or they sum to more, if `grid` is not positive, if there are no
-            indices and `index_share` is not 0, if an image of the dataset is not among those of `indices` (of a stream
-            this is seen when the sample is read), if a column is missing, or if the dataset has a transform already.
+        ValueError: If a share lies outside of 0 to 1 or they sum to more, if `grid` is not positive, if an image
+            of the dataset is not among those of `indices` (of a stream this is seen when the sample is read), if a
+            column is missing, or if the dataset has a transform already.
 
     Example:
 
@@ -116,7 +120,13 @@ def add_cognition_alignment(
     >>> dataset = add_cognition_alignment(dataset, seed=0, index_share=0)
     ```
     """
-    _check_settings(seed, pixel_share, index_share, grid, indices)
+    _check_settings(seed, pixel_share, index_share, grid)
+    if index_share and indices is None:
+        logger.warning(
+            f"`index_share` is {index_share}, and there are no `indices`: no question is about them. Compute them "
+            "with `examples/vq_indices.py` and pass its `.npy` file, or set `index_share=0`."
+        )
+        index_share = 0.0
     indices = VQIndices(indices) if index_share and not isinstance(indices, VQIndices) else indices
     alignment = CognitionAlignment(seed, pixel_share, index_share, grid, indices if index_share else None)
     if isinstance(dataset, IterableDataset):
@@ -151,7 +161,7 @@ def add_cognition_alignment(
     return aligned
 
 
-def _check_settings(seed: Any, pixel_share: Any, index_share: Any, grid: Any, indices: Any) -> None:
+def _check_settings(seed: Any, pixel_share: Any, index_share: Any, grid: Any) -> None:
     for name, value in (("seed", seed), ("grid", grid)):
         if isinstance(value, bool) or not isinstance(value, int) or (name == "grid" and value < 1):
             raise ValueError(f"`{name}` is {value!r}, expected {'a positive' if name == 'grid' else 'an'} integer.")
@@ -165,11 +175,6 @@ def _check_settings(seed: Any, pixel_share: Any, index_share: Any, grid: Any, in
         raise ValueError(
             f"`pixel_share` is {pixel_share} and `index_share` {index_share}, {pixel_share + index_share} together, "
             "expected 1 at most: a sample gets one question or none. Lower one of them."
-        )
-    if index_share and indices is None:
-        raise ValueError(
-            f"`index_share` is {index_share}, and there are no `indices` to ask for. Compute them with "
-            "`examples/vq_indices.py` and pass its `.npy` file, or set `index_share=0`."
         )
 
 

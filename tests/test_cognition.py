@@ -4,6 +4,7 @@
 
 import copy
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -547,9 +548,11 @@ class TestIndices:
         dumped = pickle.dumps(alignment)
         assert len(dumped) < 1000 and pickle.loads(dumped) == alignment
 
-    def test_none_given(self, plain):
-        with pytest.raises(ValueError, match="`index_share` is 0.25, and there are no `indices`.*vq_indices.py.*=0"):
-            add_cognition_alignment(plain, 0)
+    def test_none_given(self, plain, caplog, monkeypatch):
+        monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+        aligned = add_cognition_alignment(plain, 0)
+        assert "`index_share` is 0.25, and there are no `indices`" in caplog.text
+        assert aligned[:] == add_cognition_alignment(plain, 0, index_share=0)[:]
 
     @pytest.mark.parametrize("missing", ["indices.npy", "indices.json"])
     def test_missing_file(self, plain, index_file, tmp_path, missing):
@@ -817,7 +820,6 @@ class TestRecipe:
         [
             ('{"pixel": 1}', "is {'pixel': 1}, expected a mapping with some of grid, index_share"),
             ("yes", "is 'yes', expected a mapping"),
-            ("{}", "`index_share` is 0.25, and there are no `indices`"),
         ],
     )
     def test_refused(self, small_world, setting, error):
