@@ -170,7 +170,8 @@ class SAPerceiver(nn.Module):
         normed = self.norm(tokens)
         sizes = torch.full_like(sizes, tokens.shape[1])
         tokens = tokens + self.w_o2(self._attend(normed, self.w_k(normed), normed, sizes))  # equation 2
-        return tokens[:, :-1], tokens[:, -1]
+        # Contiguous, so that what follows rounds as it does without a perceiver.
+        return tokens[:, :-1].contiguous(), tokens[:, -1]
 
     def _get_bias(self, snapshot: torch.Tensor, patch_boxes: torch.Tensor, num_patches: list[int]) -> torch.Tensor:
         """`-exp(log_nearness) |p - p'|^2` for each snapshot token and key, 0 for the query: `[I, N + 1, K]`."""

@@ -118,7 +118,7 @@ class TestEquations:
         adapter = SAPerceiverProjector(
             VWLMMConfig(
                 vision_config={"hidden_size": 16, "num_attention_heads": 4, "image_size": 21, "patch_size": 7},
-                text_config={"hidden_size": 20, "num_attention_heads": 4},
+                text_config={"hidden_size": 20, "num_attention_heads": 2},
                 adapter="sa_perceiver",
             )
         ).to(dtype)
@@ -246,9 +246,9 @@ class TestFreshPerceiver:
             for adapter in ("mlp", "sa_perceiver")
         )
         images = [noise(0, 200, 100), noise(1, 64, 64)]
+        text = ["<image> a", "<image>"]
         inputs, old_inputs = (
-            p(text=["<image> a", "<image>"], images=images, padding=True, return_tensors="pt").to(dtype)
-            for p in processors
+            p(text=text, images=images, padding=True, return_tensors="pt").to(dtype) for p in processors
         )
         with torch.no_grad():
             assert (fresh(**inputs).logits - plain(**old_inputs).logits).abs().max() == 0.0
