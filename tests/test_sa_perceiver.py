@@ -3,26 +3,33 @@
 """VLSA's SA-Perceiver: its equations, the patches it reads, and that a model with it is a model like any other."""
 
 import copy
+import random
+import sys
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import BY_HAND, GOLDEN, make_conversation, make_image
+import torch.nn.functional as F
+from conftest import BY_HAND, GOLDEN, let_patches_matter, make_conversation
 from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file
 from test_from_llava import make_llava
 from test_hub import run_without_package
 from torch.testing import assert_close
-from transformers import pipeline, set_seed
+from transformers import CLIPVisionModel, pipeline, set_seed
 
 from modeling_vwlmm import VWLMMConfig, VWLMMForConditionalGeneration, VWLMMTrainer, VWLMMTrainingArguments
 from modeling_vwlmm.adapters_vwlmm import SAPerceiver, SAPerceiverProjector
-from modeling_vwlmm.patches_vwlmm import Patches, get_token_centres
+from modeling_vwlmm.patches_vwlmm import Patches, get_token_centres, split_patches
 from modeling_vwlmm.training import find_last_checkpoint
 from processing_vwlmm import VWLMMProcessor
 from processing_vwlmm.cutting_vwlmm import fit_grid, get_boxes
+
+
+sys.path.insert(0, str(GOLDEN.parents[1] / "examples"))
+from small_world import PATTERN_COLOURS, PATTERNS, PLACES, random_detailed_scene, random_twins
 
 
 SIDE = 28  # of the tower's input, in pixels
@@ -44,26 +51,6 @@ def noise(seed: int, height: int, width: int) -> Image.Image:
 # One, two, four and three patches.
 IMAGES = [noise(0, 20, 28), noise(1, 50, 20), noise(2, 90, 100), noise(3, 20, 80)]
 NUM_PATCHES = [1, 2, 4, 3]
-
-
-def let_patches_matter(model: VWLMMForConditionalGeneration) -> VWLMMForConditionalGeneration:
-    """A perceiver starts as if there were no patches."""
-    torch.manual_seed(1)
-    perceiver = model.model.multi_modal_projector.perceiver
-    for layer in (perceiver.w_q, perceiver.w_kv, perceiver.w_o1, perceiver.w_k, perceiver.w_o2):
-        torch.nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
-    return model
-
-
-@pytest.fixture(scope="module")
-def perceiving(vicuna, tmp_path_factory) -> str:
-    """The golden checkpoint with a perceiver that has learned something, model and processor."""
-    folder = str(tmp_path_factory.mktemp("perceiving") / "checkpoint")
-    let_patches_matter(VWLMMForConditionalGeneration.from_pretrained(vicuna, adapter="sa_perceiver")).save_pretrained(
-        folder
-    )
-    VWLMMProcessor.from_pretrained(vicuna, max_patches=4).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -438,7 +425,7 @@ class TestModel:
             alone = model.model.get_image_features(**processor(images=[image], return_tensors="pt"))
             assert_close(together.image_features[index], alone.image_features[0], atol=1e-4, rtol=0)
             assert_close(together.global_features[index], alone.global_features[0], atol=1e-4, rtol=0)
-        assert together.patch_features.shape == (4, NUM_TOKENS, 36) or together.patch_features.shape[:2] == (4, NUM_TOKENS)
+        assert together.patch_features.shape[:2] == (4, NUM_TOKENS)
 
     @pytest.mark.parametrize("activation", ["softmax", "silu"])
     def test_padding_of_a_batch_is_no_patch(self, activation):
@@ -604,3 +591,233 @@ def test_folder_works_without_the_package(perceiving, model, processor, tmp_path
     assert {str(expected), "4"} <= set(output.splitlines())
     again, before = load_file(tmp_path / "again/model.safetensors"), load_file(f"{perceiving}/model.safetensors")
     assert all(torch.equal(tensor, again[name]) for name, tensor in before.items())
+
+
+class TestTraining:
+    """The samples have images of one to four patches, two images, or none."""
+
+    @pytest.fixture
+    def make_trainer(self, perceiving, processor, dataset, tmp_path):
+        def make(stage, model=None, peft_config=None, train_dataset=dataset, **options):
+            if model is None:
+                model = VWLMMForConditionalGeneration.from_pretrained(perceiving)
+            defaults = {"per_device_train_batch_size": 4, "global_batch_size": 4, "max_steps": 1, **BY_HAND}
+            args = VWLMMTrainingArguments(
+                str(tmp_path / "run"), stage=stage, **{**defaults, "chat_template": "vicuna_v1", **options}
+            )
+            return VWLMMTrainer(
+                model=model,
+                args=args,
+                train_dataset=train_dataset,
+                processing_class=copy.deepcopy(processor),
+                peft_config=peft_config,
+            )
+
+        return make
+
+    @staticmethod
+    def weights(model) -> dict[str, torch.Tensor]:
+        return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+    @pytest.mark.parametrize("stage", [1, 2])
+    def test_all_of_the_perceiver_learns(self, make_trainer, stage):
+        """Whatever a stage freezes, not this. Of images of every number of patches, and texts alone, in one batch."""
+        trainer = make_trainer(stage, optim="sgd", learning_rate=1.0)
+        before = self.weights(trainer.model)
+        trainer.train()
+        changed = {name for name, value in self.weights(trainer.model).items() if not torch.equal(value, before[name])}
+        perceiver = {name for name in before if "multi_modal_projector" in name}
+        assert len(perceiver) == 13 + 4 and perceiver <= changed
+        assert {name.split(".")[1] for name in changed - perceiver} == (
+            set() if stage == 1 else {"language_model", "weight"}
+        )
+
+    def test_a_fresh_perceiver_learns(self, make_trainer, vicuna):
+        """From zeros, of which everything else gets its gradients only behind them."""
+        model = VWLMMForConditionalGeneration.from_pretrained(vicuna, adapter="sa_perceiver")
+        make_trainer(1, model=model, max_steps=4, learning_rate=1e-2).train()
+        perceiver = model.model.multi_modal_projector.perceiver
+        assert perceiver.w_o1.weight.any() and perceiver.w_o2.weight.any()
+        assert perceiver.log_nearness.item() != pytest.approx(np.log(8), abs=1e-4)
+
+    @pytest.mark.parametrize("stage", [1, 2])
+    def test_cuts_of_a_step(self, make_trainer, stage):
+        """One batch of four and two of two: the same loss, images and weights."""
+        results = []
+        for size in (4, 2):
+            trainer = make_trainer(
+                stage, per_device_train_batch_size=size, optim="sgd", learning_rate=0.1, max_steps=2
+            )
+            trainer.train()
+            log = [entry for entry in trainer.state.log_history if "loss" in entry]
+            results.append(([entry["loss"] for entry in log], self.weights(trainer.model)))
+        assert_close(*(torch.tensor(losses) for losses, _ in results), atol=0, rtol=1e-5)
+        for name, value in results[0][1].items():
+            assert_close(results[1][1][name], value, atol=1e-5, rtol=1e-5, msg=name)
+
+    def test_packed_as_padded(self, make_trainer):
+        results = []
+        for packing in (False, True):
+            options = {"packing": True, "max_length": 1200} if packing else {}
+            trainer = make_trainer(2, per_device_train_batch_size=8, global_batch_size=8, **options)
+            batch = trainer.data_collator(list(trainer.train_dataset) if not packing else [list(trainer.train_dataset)])
+            assert len(batch["patch_boxes"]) == len(batch["pixel_values"]) > 7
+            with torch.no_grad():
+                results.append(trainer.compute_loss(trainer.model, dict(batch)))
+        assert_close(*results, atol=1e-5, rtol=1e-5)
+
+    def test_images_are_counted_and_not_their_rows(self, make_trainer):
+        trainer = make_trainer(1, per_device_train_batch_size=8, global_batch_size=8)
+        counted = []
+        trainer._means["train"].add_batch = lambda positions, padding, images: counted.append(int(images))
+        batch = trainer.data_collator(list(trainer.train_dataset))
+        trainer.compute_loss(trainer.model.train(), batch)
+        assert counted == [sum(len(sample["images"]) for sample in trainer.train_dataset)] == [7]
+
+    def test_texts_alone(self, make_trainer, dataset):
+        """Every module is called, so that processes stay in step, and learns nothing."""
+        trainer = make_trainer(1, train_dataset=dataset.select([1, 6, 1, 6]))
+        batch = trainer.data_collator(list(trainer.train_dataset))
+        assert "patch_boxes" not in batch
+        trainer.compute_loss(trainer.model, batch).backward()
+        adapter = trainer.model.model.multi_modal_projector
+        assert all(p.grad is not None and not p.grad.any() for p in adapter.parameters())
+
+    @pytest.mark.parametrize("whole", [None, ["multi_modal_projector"]], ids=["targets", "whole"])
+    def test_lora(self, make_trainer, processor, whole):
+        target = r".*language_model.*(q|v)_proj" if whole else r".*(language_model.*(q|v)_proj|perceiver\.w_\w+)"
+        trainer = make_trainer(2, peft_config=LoraConfig(target_modules=target, modules_to_save=whole), max_steps=2)
+        before = self.weights(trainer.model)
+        trainer.train()
+        after = self.weights(trainer.model)
+        changed = {name for name in before if not torch.equal(before[name], after[name])}
+        learns = ("modules_to_save" if whole else "lora_") + "|lora_"
+        assert changed == {name for name in before if any(part in name for part in learns.split("|"))}
+        assert any("perceiver.w_q" in name for name in changed)
+        inputs = read(processor, *PROMPTS)
+        with torch.no_grad():
+            expected = trainer.model.eval()(**inputs).logits
+            merged = trainer.model.merge_and_unload()(**inputs).logits
+        assert_close(merged, expected, atol=1e-3, rtol=1e-3)
+
+    @pytest.mark.parametrize("objective", ["visual_words", "vm_head", "features", "token_labels"])
+    def test_objectives(self, make_trainer, objective, dataset):
+        """Of image positions, of which there are as many as ever."""
+        stage = 3 if objective == "vm_head" else 4
+        if objective == "token_labels":
+            labels = [[[5] * NUM_TOKENS] * len(sample["images"]) for sample in dataset]
+            dataset = dataset.add_column("image_labels", labels)
+        trainer = make_trainer(
+            stage, visual_objective=objective, train_dataset=dataset, per_device_train_batch_size=8, global_batch_size=8
+        )
+        trainer.train()
+        log = trainer.state.log_history[0]
+        assert log["num_image_positions"] == 7 * NUM_TOKENS and log["visual_loss"] > 0
+
+    def test_resumed(self, make_trainer, tmp_path):
+        whole = make_trainer(2, max_steps=4, save_strategy="steps", save_steps=2)
+        whole.train()
+        resumed = make_trainer(2, max_steps=4, save_strategy="steps", save_steps=2)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
+        assert find_last_checkpoint(str(tmp_path / "run")).endswith("checkpoint-4")
+        others = self.weights(whole.model)
+        assert all(torch.equal(value, others[name]) for name, value in self.weights(resumed.model).items())
+
+    @pytest.mark.parametrize(
+        ("adapter", "max_patches", "message"),
+        [
+            ("sa_perceiver", None, r"max_patches=None, and the model.*'sa_perceiver', expects 4. Set .*max_patches = 4"),
+            ("sa_perceiver", 9, r"max_patches=9.*expects 4. Set .*or `adapter_config=\{'max_patches': 9\}` of the model"),
+            ("mlp", 4, r"max_patches=4.*'mlp', expects None. Set `processor.max_patches = None`"),
+        ],
+    )
+    def test_processor_of_another_model(self, make_trainer, vicuna, processor, adapter, max_patches, message):
+        other = copy.deepcopy(processor)
+        other.max_patches = max_patches
+        model = VWLMMForConditionalGeneration.from_pretrained(vicuna, adapter=adapter)
+        with pytest.raises(ValueError, match=message):
+            VWLMMTrainer(
+                model=model,
+                args=make_trainer(2).args,
+                train_dataset=make_trainer(2).train_dataset,
+                processing_class=other,
+            )
+
+
+class TestDetail:
+    """Patterns of single pixels, which a snapshot cannot show."""
+
+    def test_scenes(self):
+        """Any 2 x 2 pixels of a thing have its colour on average, and the picture of half the size no pattern."""
+        for is_grey in (False, True):
+            rng = random.Random(0)
+            scenes = [random_detailed_scene(rng, is_grey) for _ in range(20)] + [random_twins(rng, is_grey)]
+            for scene in scenes:
+                pixels = np.asarray(scene.image()).astype(int)
+                assert pixels.shape == (128, 128, 3)
+                means = pixels.reshape(64, 2, 64, 2, 3).mean(axis=(1, 3))
+                for thing, pattern in zip(scene.things, scene.patterns, strict=True):
+                    assert (means[thing.mask()] == thing.rgb).all()
+                    first = pixels[thing.mask().repeat(2, 0).repeat(2, 1)] - thing.rgb
+                    assert bool(first.any()) == (pattern != "plain")
+                    assert not is_grey or thing.colour == PATTERN_COLOURS[pattern]
+            first, second = scenes[-1].things
+            assert (first.shape, first.rgb, first.side) == (second.shape, second.rgb, second.side)
+            assert first.place != second.place and scenes[-1].patterns[0] != scenes[-1].patterns[1]
+            rng = random.Random(0)
+            assert [random_detailed_scene(rng, is_grey) for _ in range(20)] == scenes[:20]
+
+    def test_twins(self):
+        """
+        Which of two places has which pattern: a perceiver with a head for each quadrant learns it in 300 steps. From
+        snapshots alone it cannot be learned, and without distances not which place it is.
+        """
+        rng = random.Random(0)
+        tower = CLIPVisionModel.from_pretrained(SMALL_WORLD / "vision_tower", dtype=torch.float32)
+        processor = VWLMMProcessor.from_vision_text_pretrained(
+            SMALL_WORLD / "vision_tower", SMALL_WORLD / "llm", max_patches=4
+        )
+
+        def encode(scenes) -> tuple[torch.Tensor, Patches, torch.Tensor]:
+            inputs = processor(images=[scene.image() for scene in scenes], return_tensors="pt")
+            with torch.no_grad():
+                features = tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[-2][:, 1:]
+            labels = torch.full((len(scenes), 4), -100)
+            for row, scene in zip(labels, scenes, strict=True):
+                for thing, pattern in zip(scene.things, scene.patterns, strict=True):
+                    row[list(PLACES).index(thing.place)] = list(PATTERNS).index(pattern)
+            return *split_patches(features, inputs["patch_boxes"]), labels
+
+        train, test = encode([random_detailed_scene(rng, True) for _ in range(200)]), encode(
+            [random_twins(rng, True) for _ in range(100)]
+        )
+        width = tower.config.hidden_size
+
+        def learn(perceiver: SAPerceiver | None) -> float:
+            head = torch.nn.Sequential(torch.nn.LayerNorm(width), torch.nn.Linear(width, 4))
+            modules = torch.nn.ModuleList([head, perceiver] if perceiver else [head])
+            optimizer = torch.optim.AdamW(modules.parameters(), lr=3e-3)
+
+            def answer(snapshots: torch.Tensor, patches: Patches, indices: torch.Tensor) -> torch.Tensor:
+                tokens = snapshots[indices]  # [I, 64, W]
+                if perceiver is not None:
+                    of_image = patches.features.unflatten(0, (-1, 4))[indices].flatten(0, 1)
+                    boxes = patches.boxes.unflatten(0, (-1, 4))[indices].flatten(0, 1)
+                    tokens, _ = perceiver(tokens, of_image, boxes, [4] * len(indices))
+                return head(tokens.unflatten(1, (2, 4, 2, 4)).mean(dim=(2, 4)).flatten(1, 2))  # [I, 4, 4]
+
+            for _ in range(300):
+                indices = torch.randint(len(train[0]), (8,))
+                logits = answer(*train[:2], indices)
+                optimizer.zero_grad()
+                F.cross_entropy(logits.flatten(0, 1), train[2][indices].flatten()).backward()
+                optimizer.step()
+            with torch.no_grad():
+                found = answer(*test[:2], torch.arange(len(test[0]))).argmax(dim=-1)
+            is_thing = test[2] >= 0
+            return (found == test[2])[is_thing].float().mean().item()
+
+        torch.manual_seed(0)
+        assert learn(SAPerceiver(width, side=8)) >= 0.75
+        assert learn(None) <= 0.35
+        assert learn(SAPerceiver(width, side=8, distance_bias=False)) <= 0.6
