@@ -128,7 +128,7 @@ class VWLMMProcessor(LlavaProcessor):
         if self.num_image_tokens is not None and image_sizes is not None:
             data.num_image_tokens = [self.num_image_tokens] * len(image_sizes)
         if self.max_patches is not None and image_sizes is not None:
-            size = self._get_image_settings(self._merge_kwargs(**kwargs)["images_kwargs"])["crop_size"]
+            size = self._get_image_settings({**kwargs, **kwargs.get("images_kwargs", {})})["crop_size"]
             grids = [fit_grid(*image, size["height"], size["width"], self.max_patches) for image in image_sizes]
             # Rows of `pixel_values`: the snapshot is one of them.
             data.num_image_patches = [1 + grid.rows * grid.columns for grid in grids]
