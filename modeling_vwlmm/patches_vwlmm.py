@@ -86,4 +86,6 @@ def get_token_centres(boxes: torch.Tensor, side: int) -> torch.Tensor:
     steps = (torch.arange(side, device=boxes.device, dtype=boxes.dtype) + 0.5) / side  # [side]
     corners, sizes = boxes[:, None, :2], (boxes[:, 2:] - boxes[:, :2]).unsqueeze(1)  # [M, 1, 2]
     y, x = (corners + steps[:, None] * sizes).unbind(dim=-1)  # [M, side]
-    return torch.stack([y.unsqueeze(2).expand(-1, -1, side), x.unsqueeze(1).expand(-1, side, -1)], dim=-1).flatten(1, 2)
+    return torch.stack([y.unsqueeze(2).expand(-1, -1, side), x.unsqueeze(1).expand(-1, side, -1)], dim=-1).flatten(
+        1, 2
+    )

@@ -71,7 +71,7 @@ class VWLMMProcessor(LlavaProcessor):
 
     With `max_patches`, which an adapter that reads high-resolution patches needs, an image has several rows of
     `pixel_values`: its snapshot, which is the whole image as above, and one to `max_patches` patches in raster order.
-    They are cut from the image at its own resolution, padded with the mean colour to the next multiple of the snapshot's
+    They are cut from the image at its own resolution, padded with the mean colour to the next multiple of a snapshot's
     size; an image that does not fit is shrunk. `patch_boxes`, `[rows, 4]`, says where each patch is, (y0, x0, y1, x1)
     in the unit square of its snapshot; zeros mark a snapshot. An image stays as many placeholder tokens as before.
     """

@@ -65,7 +65,9 @@ def processor(perceiving) -> VWLMMProcessor:
 
 def read(processor, *prompts: list[Image.Image], **options) -> dict[str, torch.Tensor]:
     """Prompts with these images, padded on the left."""
-    conversations = [make_conversation((len(images), "What is left?" + " Who?" * len(images), ""))[:1] for images in prompts]
+    conversations = [
+        make_conversation((len(images), "What is left?" + " Who?" * len(images), ""))[:1] for images in prompts
+    ]
     text = [processor.apply_chat_template(c, add_generation_prompt=True) for c in conversations]
     return dict(processor(text=text, images=list(prompts), padding=True, return_tensors="pt", **options))
 
@@ -402,7 +404,9 @@ class TestCutting:
             processor(images=[pixels.astype(np.float32) / 255], do_rescale=False)
 
     def test_prompts_of_which_some_open_with_bos(self, processor):
-        inputs = processor(text=["<s><image> a", "<image><image> b"], images=IMAGES[:3], return_tensors="pt", padding=True)
+        inputs = processor(
+            text=["<s><image> a", "<image><image> b"], images=IMAGES[:3], return_tensors="pt", padding=True
+        )
         together = processor(images=IMAGES[:3], return_tensors="pt")
         assert torch.equal(inputs["pixel_values"], together["pixel_values"])
         assert torch.equal(inputs["patch_boxes"], together["patch_boxes"])
@@ -660,7 +664,9 @@ class TestTraining:
         for packing in (False, True):
             options = {"packing": True, "max_length": 1200} if packing else {}
             trainer = make_trainer(2, per_device_train_batch_size=8, global_batch_size=8, **options)
-            batch = trainer.data_collator(list(trainer.train_dataset) if not packing else [list(trainer.train_dataset)])
+            batch = trainer.data_collator(
+                list(trainer.train_dataset) if not packing else [list(trainer.train_dataset)]
+            )
             assert len(batch["patch_boxes"]) == len(batch["pixel_values"]) > 7
             with torch.no_grad():
                 results.append(trainer.compute_loss(trainer.model, dict(batch)))
@@ -708,7 +714,11 @@ class TestTraining:
             labels = [[[5] * NUM_TOKENS] * len(sample["images"]) for sample in dataset]
             dataset = dataset.add_column("image_labels", labels)
         trainer = make_trainer(
-            stage, visual_objective=objective, train_dataset=dataset, per_device_train_batch_size=8, global_batch_size=8
+            stage,
+            visual_objective=objective,
+            train_dataset=dataset,
+            per_device_train_batch_size=8,
+            global_batch_size=8,
         )
         trainer.train()
         log = trainer.state.log_history[0]
@@ -726,8 +736,16 @@ class TestTraining:
     @pytest.mark.parametrize(
         ("adapter", "max_patches", "message"),
         [
-            ("sa_perceiver", None, r"max_patches=None, and the model.*'sa_perceiver', expects 4. Set .*max_patches = 4"),
-            ("sa_perceiver", 9, r"max_patches=9.*expects 4. Set .*or `adapter_config=\{'max_patches': 9\}` of the model"),
+            (
+                "sa_perceiver",
+                None,
+                r"max_patches=None, and the model.*'sa_perceiver', expects 4. Set .*max_patches = 4",
+            ),
+            (
+                "sa_perceiver",
+                9,
+                r"max_patches=9.*expects 4. Set .*or `adapter_config=\{'max_patches': 9\}` of the model",
+            ),
             ("mlp", 4, r"max_patches=4.*'mlp', expects None. Set `processor.max_patches = None`"),
         ],
     )
@@ -788,8 +806,9 @@ class TestDetail:
                     row[list(PLACES).index(thing.place)] = list(PATTERNS).index(pattern)
             return *split_patches(features, inputs["patch_boxes"]), labels
 
-        train, test = encode([random_detailed_scene(rng, True) for _ in range(200)]), encode(
-            [random_twins(rng, True) for _ in range(100)]
+        train, test = (
+            encode([random_detailed_scene(rng, True) for _ in range(200)]),
+            encode([random_twins(rng, True) for _ in range(100)]),
         )
         width = tower.config.hidden_size
 
