@@ -35,15 +35,16 @@ MAX_PATCHES = 4
 @dataclass
 class AdapterOutput(ModelOutput):
     """
-    image_features (`list[torch.Tensor]`):
-        The image features `x`, `[N, D]` an image.
+    image_features (`torch.Tensor` of shape `[I, N, D]`, or `list[torch.Tensor]`):
+        The image features `x`, `[N, D]` an image. Adapters return a tensor where all images have equally many: ZeRO-3
+        counts tensors, of which there have to be as many in every batch.
     keep_mask (`torch.BoolTensor` of shape `[I, N]`, *optional*):
         Which image tokens the adapter keeps, if it drops some.
     global_features (`torch.Tensor` of shape `[I, D]`, *optional*):
         One feature for each image, if the adapter makes one.
     """
 
-    image_features: list[torch.Tensor] | None = None
+    image_features: torch.Tensor | list[torch.Tensor] | None = None
     keep_mask: torch.Tensor | None = None
     global_features: torch.Tensor | None = None
 
@@ -248,7 +249,7 @@ class SAPerceiverProjector(LlavaMultiModalProjector):
             boxes = patch_features.new_tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(patch_features), -1)
             patches = Patches(patch_features, boxes, [1] * len(patch_features))
         tokens, queries = self.perceiver(patch_features, patches.features, patches.boxes, patches.num_patches)
-        return AdapterOutput(list(super().forward(tokens)), global_features=super().forward(queries))
+        return AdapterOutput(super().forward(tokens), global_features=super().forward(queries))
 
 
 def read_perceiver_options(config: VWLMMConfig) -> dict[str, Any]:
@@ -357,7 +358,8 @@ def adapt(
         options["keep_mask"] = keep_mask
     output = adapter(to_dtype_of(adapter, patch_features), **options)  # [I, N, D]
     if not isinstance(output, AdapterOutput):
-        output = AdapterOutput(list(output) if image_sizes is None else list(output.squeeze(0).split(image_sizes)))
+        output = AdapterOutput(output if image_sizes is None else output.squeeze(0).split(image_sizes))
+    output.image_features = list(output.image_features)  # I x [N, D]
     if output.keep_mask is None:
         output.keep_mask = keep_mask
     return output

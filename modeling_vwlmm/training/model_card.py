@@ -94,7 +94,7 @@ output = model.generate(**inputs, max_new_tokens=64)
 print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 {%- if 3 in stages %}
 
-words = model.get_visual_words(inputs["pixel_values"]{{ patch_boxes }}, top_k=3)  # token_ids and probabilities, [images, patches, 3]
+words = model.get_visual_words(inputs["pixel_values"]{{ patch_boxes }}, top_k=3)  # and probabilities: [images, N, 3]
 print(processor.tokenizer.convert_ids_to_tokens(words.token_ids[0, :, 0]))
 {%- endif %}
 ```
