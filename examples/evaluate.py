@@ -171,9 +171,9 @@ def read_patches(
     nearest, visual = [], []
     for start in tqdm(range(0, len(records), BATCH_SIZE), desc="Reading patches", unit="batch"):
         images = [Image.open(record["image"]) for record in records[start : start + BATCH_SIZE]]
-        pixel_values = processor.image_processor(images, return_tensors="pt")["pixel_values"]  # [I, 3, H, W]
-        nearest.append(model.get_nearest_tokens(pixel_values))  # [I, N]
-        visual.append(model.get_visual_words(pixel_values).token_ids[..., 0])  # [I, N]
+        inputs = processor(images=images, return_tensors="pt")  # without and with high-resolution patches
+        nearest.append(model.get_nearest_tokens(**inputs))  # [I, N]
+        visual.append(model.get_visual_words(**inputs).token_ids[..., 0])  # [I, N]
     vocabulary = np.array(
         [
             token.removeprefix("▁")

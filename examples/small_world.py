@@ -10,12 +10,16 @@ has one right answer. Records and images are written in LLaVA's format, as `blip
 
 A vision tower with 8-pixel patches sees a scene as 8x8 patches. A scene in words is the same grid with one word a
 patch, "dark dark red circle dark …", and a language model can read it in place of the image.
+
+A detailed scene is the same at 128x128 pixels, where every shape has a pattern besides: rows, columns or checks of
+single pixels, or none. Any 2x2 pixels of it have the shape's colour on average, so that what is left of the picture at
+64x64 cannot tell one pattern from another.
 """
 
 import argparse
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +44,18 @@ SIZES = {"small": (18, 21), "large": (27, 30)}  # shortest and longest side of t
 PLACES = {"top left": (0, 0), "top right": (32, 0), "bottom left": (0, 32), "bottom right": (32, 32)}
 NUMBERS = ("zero", "one", "two", "three", "four")
 BACKGROUND_WORD = "dark"
+
+# Which of 2x2 pixels are brighter than a shape's colour, 1, and which are darker, -1; and of the grey world, where all
+# shapes are grey, the colour that is said of a pattern: its questions are those of other scenes.
+PATTERNS = {
+    "plain": ((0, 0), (0, 0)),
+    "rows": ((1, 1), (-1, -1)),
+    "columns": ((1, -1), (1, -1)),
+    "checks": ((1, -1), (-1, 1)),
+}
+PATTERN_COLOURS = {"plain": "white", "rows": "red", "columns": "green", "checks": "blue"}
+CONTRAST = 90  # how much brighter or darker, of 255
+GREY = 128  # of the shapes of the grey world
 
 KINDS = ("colour", "shape", "count", "exists", "where", "describe")
 
@@ -241,6 +257,82 @@ def random_scene(rng: random.Random) -> Scene:
         for place, (colour, shape) in zip(places, looks, strict=True)
     )
     return Scene(grey=rng.randint(15, 75), things=things)
+
+
+@dataclass(frozen=True)
+class DetailedScene(Scene):
+    """
+    A scene of 128x128 pixels whose things have patterns.
+
+    Args:
+        patterns (`tuple[str, ...]`): The pattern of each thing, as `PATTERNS` names them.
+    """
+
+    patterns: tuple[str, ...]
+
+    def image(self) -> Image.Image:
+        """The picture, 128x128 pixels in RGB."""
+        pixels = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), self.grey)
+        signs = np.zeros((2 * IMAGE_SIZE, 2 * IMAGE_SIZE, 1), dtype=int)
+        for thing, pattern in zip(self.things, self.patterns, strict=True):
+            pixels[thing.mask()] = thing.rgb
+            everywhere = np.tile(PATTERNS[pattern], (IMAGE_SIZE, IMAGE_SIZE))
+            mask = thing.mask().repeat(2, axis=0).repeat(2, axis=1)
+            signs[mask, 0] = everywhere[mask]
+        pixels = pixels.repeat(2, axis=0).repeat(2, axis=1) + CONTRAST * signs
+        return Image.fromarray(pixels.astype(np.uint8))
+
+    def _ask_pattern(self, rng: random.Random) -> tuple[str, str]:
+        index = rng.randrange(len(self.things))
+        place = self.things[index].place
+        return f"What pattern has the shape at the {place}?", f"the shape at the {place} has {self.patterns[index]}"
+
+
+def random_detailed_scene(rng: random.Random, is_grey: bool = False) -> DetailedScene:
+    """
+    A detailed scene of one to four things.
+
+    Args:
+        rng (`random.Random`): Draws it.
+        is_grey (`bool`, *optional*, defaults to `False`): Whether it is of the grey world.
+    """
+    count = rng.choices((1, 2, 3, 4), weights=(3, 3, 2, 2))[0]
+    return _detail(rng, rng.sample([(pattern, shape) for pattern in PATTERNS for shape in SHAPES], count), is_grey)
+
+
+def random_twins(rng: random.Random, is_grey: bool = False) -> DetailedScene:
+    """
+    A detailed scene of two things that are alike in all but place and pattern: who mixes up places is right by chance.
+
+    Args:
+        rng (`random.Random`): Draws it.
+        is_grey (`bool`, *optional*, defaults to `False`): Whether it is of the grey world.
+    """
+    shape, patterns = rng.choice(SHAPES), rng.sample(list(PATTERNS), 2)
+    scene = _detail(rng, [(pattern, shape) for pattern in patterns], is_grey)
+    first, second = scene.things
+    corner, other = PLACES[first.place], PLACES[second.place]
+    twin = replace(
+        first,
+        colour=second.colour if is_grey else first.colour,
+        place=second.place,
+        left=first.left - corner[0] + other[0],
+        top=first.top - corner[1] + other[1],
+    )
+    return replace(scene, things=(first, twin))
+
+
+def _detail(rng: random.Random, looks: list[tuple[str, str]], is_grey: bool) -> DetailedScene:
+    """A scene of things with these patterns and shapes."""
+    places = sorted(rng.sample(list(PLACES), len(looks)), key=list(PLACES).index)
+    things = []
+    for place, (pattern, shape) in zip(places, looks, strict=True):
+        colour = PATTERN_COLOURS[pattern] if is_grey else rng.choice(list(COLOURS))
+        thing = random_thing(rng, colour, shape, rng.choice(list(SIZES)), place)
+        # Between what is darker and what is brighter there has to be room for the pattern.
+        rgb = (GREY,) * 3 if is_grey else tuple(CONTRAST + c * (255 - 2 * CONTRAST) // 255 for c in thing.rgb)
+        things.append(replace(thing, rgb=rgb))
+    return DetailedScene(rng.randint(15, 75), tuple(things), tuple(pattern for pattern, _ in looks))
 
 
 def write_llava_dataset(

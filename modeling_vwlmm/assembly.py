@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.utils import cached_file
 
 from processing_vwlmm.building_vwlmm import count_extra_tokens
@@ -187,20 +188,24 @@ def from_llava(
     cls: type[VWLMMForConditionalGeneration], name_or_path: str, **kwargs: Any
 ) -> VWLMMForConditionalGeneration:
     """
-    The model that stage III starts from where a LLaVA is at hand: all of it, and a new VM head.
+    The model that stage III starts from where a LLaVA is at hand: all of it, and a new VM head. With
+    `adapter="sa_perceiver"`, VLSA's adapter around the LLaVA's projector, which computes what that does until it is
+    trained.
 
     Args:
         cls (`type`): Class of the model.
         name_or_path (`str`):
             A checkpoint of Transformers' LLaVA architecture, in any layout it has been published in.
         kwargs:
-            Everything that `LlavaForConditionalGeneration.from_pretrained` takes, such as `dtype`.
+            `adapter` and `adapter_config` of [`VWLMMConfig`], and everything that
+            `LlavaForConditionalGeneration.from_pretrained` takes, such as `dtype`.
 
     Returns:
         [`VWLMMForConditionalGeneration`]
 
     Raises:
-        ValueError: If the checkpoint is of another architecture, or its tensors are not those of its config.
+        ValueError: If the checkpoint is of another architecture, its tensors are not those of its config, or the
+            adapter has no place for LLaVA's projector.
 
     Example:
 
@@ -208,17 +213,35 @@ def from_llava(
     >>> model = VWLMMForConditionalGeneration.from_llava("llava-hf/llava-1.5-7b-hf")
     ```
     """
+    of_adapter = {name: kwargs.pop(name) for name in ("adapter", "adapter_config") if name in kwargs}
     llava = load_llava(name_or_path, **kwargs)
     fields = {name: value for name, value in llava.config.to_dict().items() if name not in NOT_OF_VWLMM}
+    config = cls.config_class(**fields, **of_adapter, trained_stages=[1, 2])
     return _assemble(
         cls,
-        cls.config_class(**fields, trained_stages=[1, 2]),
+        config,
         llava.model.vision_tower,
         llava.model.language_model,
         llava.lm_head,
-        llava.model.multi_modal_projector,
+        _put_projector_into_adapter(llava.model.multi_modal_projector, config),
         generation_config=llava.generation_config,
     )
+
+
+def _put_projector_into_adapter(projector: LlavaMultiModalProjector, config: VWLMMConfig) -> nn.Module:
+    """The adapter of a config, with a LLaVA's projector in its layers of the same names."""
+    if config.adapter == "mlp":
+        return projector
+    with projector.linear_1.weight.device:
+        adapter = make_adapter(config)
+    if not isinstance(adapter, LlavaMultiModalProjector):
+        raise ValueError(
+            f"`adapter` is {config.adapter!r}, which has no place for the projector of a LLaVA; expected 'mlp', "
+            "'sa_perceiver' or another that is made from it. `from_vision_text_pretrained` makes a model with a new "
+            "adapter."
+        )
+    adapter.load_state_dict(projector.state_dict(), strict=False)
+    return adapter
 
 
 def to_llava(model: VWLMMForConditionalGeneration) -> LlavaForConditionalGeneration:

@@ -161,7 +161,8 @@ class VWLMMConfig(LlavaConfig):
             How patch features become what the decoder reads: a name in `modeling_vwlmm.adapters_vwlmm.ADAPTERS`.
         adapter_config (`dict`, *optional*, defaults to `{}`):
             What that adapter needs to know beside the sizes of tower and decoder. The MLP and the token merger need
-            nothing.
+            nothing; of `"sa_perceiver"` it may have `max_patches` (4), `activation` (`"softmax"` or `"silu"`) and
+            `distance_bias` (`True`).
         visual_tokenizer_config (`dict` or [`VWLMMVisualTokenizerConfig`], *optional*):
             Configuration of LaVIT's visual tokenizer, which selects what `adapter="token_merger"` keeps and whose
             codes the objective `codes` teaches. Without it the model has none.

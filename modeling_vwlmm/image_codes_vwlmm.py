@@ -10,12 +10,19 @@ from typing import Any
 
 import torch
 
+from .patches_vwlmm import find_snapshots
+
 
 class WithImageCodes:
     """What a model with a visual tokenizer and rows for its codes can do with them."""
 
     @torch.no_grad()
-    def get_image_codes(self, pixel_values: torch.Tensor, keep_mask: torch.Tensor | None = None) -> list[torch.Tensor]:
+    def get_image_codes(
+        self,
+        pixel_values: torch.Tensor,
+        keep_mask: torch.Tensor | None = None,
+        patch_boxes: torch.Tensor | None = None,
+    ) -> list[torch.Tensor]:
         """
         The codes of images.
 
@@ -23,6 +30,8 @@ class WithImageCodes:
             pixel_values (`torch.Tensor` of shape `[I, 3, H, W]`): Preprocessed images.
             keep_mask (`torch.Tensor` of shape `[I, N]`, *optional*): Which patches to keep. By default what the visual
                 tokenizer selects.
+            patch_boxes (`torch.Tensor`, *optional*): As [`~VWLMMModel.get_image_features`] takes them. Codes are those
+                of snapshots.
 
         Returns:
             A `torch.LongTensor` for each image, codes from 0 on. Their token ids are `config.code_offset` more.
@@ -31,6 +40,8 @@ class WithImageCodes:
             ValueError: If the model has no visual tokenizer.
         """
         self._check_has_codes()
+        if patch_boxes is not None:
+            pixel_values = pixel_values[find_snapshots(patch_boxes)]  # [I, 3, H, W]
         tokens = self.base_model.visual_tokenizer.encode(pixel_values, keep_mask=keep_mask)
         return list(tokens.code_ids.split(tokens.keep_mask.sum(dim=1).tolist()))
 

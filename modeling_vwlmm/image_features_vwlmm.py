@@ -3,13 +3,14 @@
 """
 From pixels to what the decoder reads.
 
-Shapes: `I` images, `N` image tokens of one image, `W` width of the patch features, `D` hidden size of the decoder,
-`C` vocabulary size of the LLM.
+Shapes: `R` rows of `pixel_values`, one an image or more, `I` images, `N` image tokens of one image, `W` width of the
+patch features, `D` hidden size of the decoder, `C` vocabulary size of the LLM.
 """
 
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
@@ -17,12 +18,20 @@ from transformers.utils.generic import can_return_tuple
 
 from .adapters_vwlmm import adapt, drops_tokens
 from .outputs_vwlmm import VWLMMImageFeaturesOutput
+from .patches_vwlmm import split_patches
 from .vision_vwlmm import run_vision_tower
 from .visual_words_vwlmm import VMHead, get_distribution
 
 
 class EncodesImages:
     """A model with a vision tower, an adapter, and perhaps a visual tokenizer that says what of an image is kept."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        # Of an adapter's parts, some begin otherwise than Transformers lets them, which also makes what a checkpoint
+        # lacks.
+        if hasattr(module, "init_parameters"):
+            module.init_parameters()
 
     @can_return_tuple
     def get_image_features(
@@ -33,6 +42,7 @@ class EncodesImages:
         image_sizes: torch.Tensor | None = None,
         keep_mask: torch.Tensor | None = None,
         read_as_codes: torch.Tensor | None = None,
+        patch_boxes: torch.Tensor | None = None,
         patch_features: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | VWLMMImageFeaturesOutput:
@@ -41,21 +51,27 @@ class EncodesImages:
         `softmax(W_VM x) E` of equation 8.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `[I, 3, H, W]`): Preprocessed images.
+            pixel_values (`torch.Tensor` of shape `[R, 3, H, W]`): Preprocessed images; with `patch_boxes`, of each its
+                snapshot, then its high-resolution patches.
             vision_feature_layer, vision_feature_select_strategy (*optional*): In place of those of the config.
             image_sizes (`torch.Tensor` of shape `[I, 2]`, *optional*): Sizes in pixels, for towers that need them.
             keep_mask (`torch.Tensor` of shape `[I, N]`, *optional*): Which image tokens to keep. By default all, or
                 what the visual tokenizer selects for an adapter that drops some.
             read_as_codes (`torch.BoolTensor` of shape `[I]`, *optional*): Images of which the decoder reads the
                 embeddings of their codes.
-            patch_features (`torch.Tensor` of shape `[I, N, W]`, *optional*): What the tower has made of these images
+            patch_boxes (`torch.Tensor` of shape `[R, 4]`, *optional*): Where each patch is, (y0, x0, y1, x1) in the
+                unit square of its snapshot; zeros mark a snapshot. By default all rows are snapshots.
+            patch_features (`torch.Tensor` of shape `[R, N, W]`, *optional*): What the tower has made of these images
                 before, so that it does not run again.
 
         Returns:
             [`VWLMMImageFeaturesOutput`], or a tuple with `return_dict=False`.
+
+        Raises:
+            ValueError: If `keep_mask` or `patch_boxes` do not fit the images, or the adapter reads no patches.
         """
         if patch_features is not None:
-            return self.adapt(patch_features, None, keep_mask, read_as_codes)
+            return self.adapt(patch_features, None, keep_mask, read_as_codes, patch_boxes)
         num_patches = None
         if image_sizes is not None:
             kwargs["image_sizes"] = image_sizes
@@ -72,7 +88,7 @@ class EncodesImages:
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            **self.adapt(patch_features, num_patches, keep_mask, read_as_codes),
+            **self.adapt(patch_features, num_patches, keep_mask, read_as_codes, patch_boxes),
         )
 
     @torch.no_grad()
@@ -95,18 +111,22 @@ class EncodesImages:
         num_patches: list[int] | None = None,
         keep_mask: torch.Tensor | None = None,
         read_as_codes: torch.Tensor | None = None,
+        patch_boxes: torch.Tensor | None = None,
     ) -> VWLMMImageFeaturesOutput:
         """
         What the adapter, and the VM head where it has a part in it, make of patch features.
 
         Args:
-            patch_features (`torch.Tensor` of shape `[I, N, W]`): The selected features of the vision tower.
+            patch_features (`torch.Tensor` of shape `[R, N, W]`): The selected features of the vision tower.
             num_patches (`list[int]`, *optional*): Those of each image, for towers that put all images into one row.
-            keep_mask, read_as_codes (*optional*): See [`~VWLMMModel.get_image_features`].
+            keep_mask, read_as_codes, patch_boxes (*optional*): See [`~VWLMMModel.get_image_features`].
 
         Returns:
             [`VWLMMImageFeaturesOutput`] without what the tower alone knows.
         """
+        patches = None
+        if patch_boxes is not None:
+            patch_features, patches = split_patches(patch_features, patch_boxes)  # [I, N, W]
         keeps_fixed_number = False
         if keep_mask is not None:
             keep_mask = keep_mask.to(patch_features.device).bool()
@@ -118,7 +138,7 @@ class EncodesImages:
         elif drops_tokens(self.config):
             keep_mask = self.visual_tokenizer.select_patches(patch_features)
             keeps_fixed_number = self.visual_tokenizer.config.selection == "top_k"
-        adapted = adapt(self.multi_modal_projector, patch_features, num_patches, keep_mask)
+        adapted = adapt(self.multi_modal_projector, patch_features, num_patches, keep_mask, patches)
         read = adapted.image_features  # I x [N, D]
         if self.config.use_pseudo_image_features:
             # One call for all images: where weights are sharded, every process must call a module equally often.

@@ -98,6 +98,7 @@ class VWLMMModel(EncodesImages, FrozenVisionTower, WithVisualWords, LlavaModel):
         image_positions: torch.LongTensor | None = None,
         keep_mask: torch.Tensor | None = None,
         read_as_codes: torch.Tensor | None = None,
+        patch_boxes: torch.Tensor | None = None,
         patch_features: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | LlavaModelOutputWithPast:
@@ -122,6 +123,7 @@ class VWLMMModel(EncodesImages, FrozenVisionTower, WithVisualWords, LlavaModel):
             image_sizes,
             keep_mask,
             read_as_codes,
+            patch_boxes,
             patch_features,
         )
         embed = self.get_input_embeddings()
@@ -235,6 +237,7 @@ class VWLMMForConditionalGeneration(
         num_image_items_in_batch: int | torch.Tensor | None = None,
         keep_mask: torch.Tensor | None = None,
         read_as_codes: torch.Tensor | None = None,
+        patch_boxes: torch.Tensor | None = None,
         patch_features: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | VWLMMCausalLMOutputWithPast:
@@ -245,7 +248,8 @@ class VWLMMForConditionalGeneration(
             input_ids (`torch.LongTensor` of shape `[B, L]`, *optional*):
                 Token ids, every image expanded to its `N` placeholders.
             pixel_values (`torch.Tensor` of shape `[I, 3, H, W]`, *optional*):
-                Preprocessed images, in the order of their placeholders.
+                Preprocessed images, in the order of their placeholders. With `patch_boxes`, of each its snapshot, then
+                its high-resolution patches, in rows of their own.
             labels (`torch.LongTensor` of shape `[B, L]`, *optional*):
                 Text to predict, -100 where nothing is supervised. Alone it gives LLaVA's loss and logits.
             visual_objective (`str` or mapping, *optional*):
@@ -267,7 +271,10 @@ class VWLMMForConditionalGeneration(
                 drops some. The decoder does not read dropped ones, and no objective supervises them.
             read_as_codes (`torch.BoolTensor` of shape `[I]`, *optional*):
                 Images of which the decoder reads the embeddings of their codes, as it does where it writes them.
-            patch_features (`torch.Tensor` of shape `[I, N, W]`, *optional*):
+            patch_boxes (`torch.Tensor` of shape `[rows, 4]`, *optional*):
+                Where the patch in each row of `pixel_values` is, (y0, x0, y1, x1) in the unit square of its snapshot;
+                zeros mark a snapshot. Without it every row is an image.
+            patch_features (`torch.Tensor` of shape `[rows, N, W]`, *optional*):
                 What the vision tower has made of these images before, so that it does not run again.
             kwargs:
                 What objectives ask for beside these, such as `image_labels`, and what the decoder takes.
@@ -294,6 +301,7 @@ class VWLMMForConditionalGeneration(
             image_sizes,
             keep_mask,
             read_as_codes,
+            patch_boxes,
             patch_features,
         )
         if supervised_positions is not None and images is not None:

@@ -55,18 +55,22 @@ class WithVisualWords:
     """What a model with a VM head can do with visual words, with or without an MM head on top."""
 
     @torch.no_grad()
-    def get_visual_words(self, pixel_values: torch.Tensor, top_k: int = 1) -> VisualWordsOutput:
+    def get_visual_words(
+        self, pixel_values: torch.Tensor, top_k: int = 1, patch_boxes: torch.Tensor | None = None
+    ) -> VisualWordsOutput:
         """
         The most probable visual words of every image token, `argmax softmax(W_VM x)` (section 4.2).
 
         Args:
             pixel_values (`torch.Tensor` of shape `[I, 3, H, W]`): Preprocessed images.
             top_k (`int`, *optional*, defaults to 1): How many visual words to return for each image token.
+            patch_boxes (`torch.Tensor`, *optional*): As [`~VWLMMModel.get_image_features`] takes them.
 
         Returns:
             [`VisualWordsOutput`] with `token_ids` and `probabilities`, both `[I, N, top_k]`.
         """
-        image_features = torch.stack(self.get_image_features(pixel_values).image_features)  # [I, N, D]
+        images = self.get_image_features(pixel_values, patch_boxes=patch_boxes)
+        image_features = torch.stack(images.image_features)  # [I, N, D]
         vm_head = self.base_model.vm_head
         # One image at a time: a distribution over the vocabulary is large.
         top = [get_distribution(vm_head, features).topk(top_k) for features in image_features]  # I x [N, top_k]
@@ -76,17 +80,20 @@ class WithVisualWords:
         )
 
     @torch.no_grad()
-    def get_nearest_tokens(self, pixel_values: torch.Tensor) -> torch.LongTensor:
+    def get_nearest_tokens(
+        self, pixel_values: torch.Tensor, patch_boxes: torch.Tensor | None = None
+    ) -> torch.LongTensor:
         """
         The token whose embedding is nearest to every image token by cosine (equation 3, figure 3c).
 
         Args:
             pixel_values (`torch.Tensor` of shape `[I, 3, H, W]`): Preprocessed images.
+            patch_boxes (`torch.Tensor`, *optional*): As [`~VWLMMModel.get_image_features`] takes them.
 
         Returns:
             `torch.LongTensor` of shape `[I, N]`.
         """
-        image_features = self.get_image_features(pixel_values).image_features  # I x [N, D]
+        image_features = self.get_image_features(pixel_values, patch_boxes=patch_boxes).image_features  # I x [N, D]
         embeddings = self.get_vocabulary_embeddings(image_features[0].device)  # [C, D]
         directions = F.normalize(embeddings.float(), dim=-1)  # [C, D]
         # The length of x_n does not move the argmax over j of cos(x_n, E_j).

@@ -8,8 +8,8 @@ Every image becomes an upright RGB image of 8 bits a channel, or a `ValueError` 
 - EXIF orientation is applied once. What is transparent lies on white. Of an animation the first frame counts.
 - 16 bits are scaled by 1/257. 32-bit integers are 8 bits where none is above 255, 16 where none is above 65,535, and
   floating point numbers are 0 to 1 or 0 to 255. Anything else is refused, as are NaN and infinity.
-- No image has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels, and no side more than 32,768, which padded to a square
-  would take seconds.
+- No image file has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels, for it could be a bomb, which one in memory is not;
+  and no image has a side of more than 32,768, which padded to a square would take seconds, or of none.
 """
 
 import base64
@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+import PIL.ImageFile
 import PIL.ImageOps
 import torch
 from transformers import BaseImageProcessor
@@ -124,7 +125,7 @@ def _convert(image: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def _check_size(image: PIL.Image.Image) -> None:
-    limit = PIL.Image.MAX_IMAGE_PIXELS
+    limit = PIL.Image.MAX_IMAGE_PIXELS if isinstance(image, PIL.ImageFile.ImageFile) else None
     if limit is not None and image.width * image.height > limit:
         raise ValueError(
             f"it has {image.width} x {image.height} pixels, more than the {limit} of `PIL.Image.MAX_IMAGE_PIXELS`. "
@@ -178,6 +179,8 @@ class WithImageRules:
 
     def process_image(self, image: Any, **kwargs: Any) -> np.ndarray | torch.Tensor:
         """See `BaseImageProcessor.process_image`."""
+        if 0 in getattr(image, "shape", ()):
+            raise ValueError(f"An image of shape {tuple(image.shape)} has no pixels. Leave it out.")
         if isinstance(image, PIL.Image.Image):
             image = _fit(convert_to_rgb(image), **kwargs)
         elif kwargs.get("do_rescale") and abs(kwargs["rescale_factor"] * 255 - 1) < 1e-3:  # else they are as wanted
@@ -189,6 +192,31 @@ class WithImageRules:
                 raise ValueError(f"An image of shape {tuple(image.shape)} cannot be used: {error}.") from error
             image = torch.from_numpy(pixels).to(image.device) if isinstance(image, torch.Tensor) else pixels
         return super().process_image(image, **kwargs)
+
+    def convert_to_8_bits(self, image: Any, **kwargs: Any) -> PIL.Image.Image:
+        """
+        An image of any kind as the RGB image that the rules make of it.
+
+        Args:
+            image: A PIL image, an array or a tensor.
+            kwargs: What the image processor is called with.
+
+        Raises:
+            ValueError: If it is none by the rules, or if its pixels are to be taken as they are (`do_rescale`).
+        """
+        if isinstance(image, PIL.Image.Image):
+            return convert_to_rgb(image)
+        options = {name: getattr(self, name) for name in ("do_rescale", "rescale_factor", "do_convert_rgb")}
+        options |= {name: value for name, value in kwargs.items() if value is not None}
+        pixels = self.process_image(image, **options)  # [3, height, width]
+        pixels = pixels.cpu().numpy() if isinstance(pixels, torch.Tensor) else pixels
+        if pixels.dtype != np.uint8 or len(pixels) != 3:
+            raise ValueError(
+                f"An image of shape {tuple(image.shape)} is {pixels.dtype} with {len(pixels)} channels where it is "
+                "cut into patches; expected 8 bits and 3 channels. Leave `do_rescale` and `rescale_factor` out, or "
+                "set `max_patches` of the processor to None."
+            )
+        return PIL.Image.fromarray(pixels.transpose(1, 2, 0))
 
     def __reduce__(self) -> tuple:
         return _restore, (self.without_rules, self.__dict__)

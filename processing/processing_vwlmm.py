@@ -3,15 +3,19 @@
 """
 The VW-LMM processor: a conversation with images becomes token ids and pixel values.
 
-This file, `building_vwlmm.py`, `chat_templates_vwlmm.py`, `images_vwlmm.py` and `messages_vwlmm.py` are saved with
-every checkpoint, so that it also loads where this package is not installed. They import nothing but Transformers, what
-it needs itself, and each other.
+This file, `building_vwlmm.py`, `chat_templates_vwlmm.py`, `cutting_vwlmm.py`, `images_vwlmm.py` and
+`messages_vwlmm.py` are saved with every checkpoint, so that it also loads where this package is not installed. They
+import nothing but Transformers, what it needs itself, and each other.
 """
 
 import json
 import os
+from itertools import islice
 from typing import Any
 
+import numpy as np
+import PIL.Image
+import torch
 from transformers import (
     AutoConfig,
     BaseImageProcessor,
@@ -40,6 +44,7 @@ from .building_vwlmm import (
     remove_marks,
 )
 from .chat_templates_vwlmm import CHAT_TEMPLATES
+from .cutting_vwlmm import cut, fit_grid, get_boxes
 from .images_vwlmm import add_image_rules
 from .messages_vwlmm import check_conversation, check_text, get_hidden_control_tokens, hide_control_tokens
 
@@ -63,6 +68,12 @@ class VWLMMProcessor(LlavaProcessor):
 
     Calling the processor returns `input_ids` and `attention_mask`, both `[batch, length]`, and, if there are images,
     `pixel_values`, `[images, 3, height, width]`, the images of all samples in order.
+
+    With `max_patches`, which an adapter that reads high-resolution patches needs, an image has several rows of
+    `pixel_values`: its snapshot, which is the whole image as above, and one to `max_patches` patches in raster order.
+    They are cut from the image at its own resolution, padded with the mean colour to the next multiple of a snapshot's
+    size; an image that does not fit is shrunk. `patch_boxes`, `[rows, 4]`, says where each patch is, (y0, x0, y1, x1)
+    in the unit square of its snapshot; zeros mark a snapshot. An image stays as many placeholder tokens as before.
     """
 
     # Transformers reads the names of the arguments from here.
@@ -78,8 +89,13 @@ class VWLMMProcessor(LlavaProcessor):
         image_start_token: str = "",
         image_end_token: str = "",
         num_image_tokens: int | None = None,
+        max_patches: int | None = None,
         **kwargs: Any,
     ) -> None:
+        if max_patches is not None and (not isinstance(max_patches, int) or max_patches < 1):
+            raise ValueError(
+                f"`max_patches` is {max_patches!r}; expected a whole number from 1 on, or None for no patches."
+            )
         remove_marks(tokenizer.backend_tokenizer)  # of a folder that was saved before, or made by hand
         super().__init__(
             image_processor=add_image_rules(image_processor),
@@ -93,6 +109,7 @@ class VWLMMProcessor(LlavaProcessor):
         )
         self.image_start_token, self.image_end_token = image_start_token, image_end_token
         self.num_image_tokens = num_image_tokens
+        self.max_patches = max_patches
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """
@@ -110,7 +127,44 @@ class VWLMMProcessor(LlavaProcessor):
         data = super()._get_num_multimodal_tokens(image_sizes, **kwargs)
         if self.num_image_tokens is not None and image_sizes is not None:
             data.num_image_tokens = [self.num_image_tokens] * len(image_sizes)
+        if self.max_patches is not None and image_sizes is not None:
+            size = self._get_image_settings({**kwargs, **kwargs.get("images_kwargs", {})})["crop_size"]
+            grids = [fit_grid(*image, size["height"], size["width"], self.max_patches) for image in image_sizes]
+            # Rows of `pixel_values`: the snapshot is one of them.
+            data.num_image_patches = [1 + grid.rows * grid.columns for grid in grids]
         return data
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """See `ProcessorMixin.model_input_names`."""
+        return [*super().model_input_names, *(["patch_boxes"] if self.max_patches is not None else [])]
+
+    def _get_image_settings(self, options: dict[str, Any]) -> dict[str, Any]:
+        """What the image processor does, with the options of a call."""
+        names = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_pad", "image_mean")
+        of_processor = {name: getattr(self.image_processor, name, None) for name in names}
+        return of_processor | {name: options[name] for name in names if options.get(name) is not None}
+
+    def _process_images(self, images: ImageInput, **kwargs: Any) -> tuple[dict[str, Any], list[str]]:
+        # Private: the one place that sees images and what becomes of them, and not the text.
+        if self.max_patches is None:
+            return super()._process_images(images, **kwargs)
+        images = [self.image_processor.convert_to_8_bits(i, **kwargs) for i in make_flat_list_of_images(images)]
+        inputs, replacements = super()._process_images(images, **kwargs)
+        snapshots, settings = inputs["pixel_values"], self._get_image_settings(kwargs)
+        size = tuple(snapshots[0].shape[-2:])  # of a snapshot, and of a patch
+        color = tuple(int(mean * 255) for mean in settings["image_mean"])
+        resample = getattr(PIL.Image.Resampling, getattr(settings["resample"], "name", ""), settings["resample"])
+        cuts = [cut(image, *size, self.max_patches, color, resample) for image in images]
+        as_they_are = {"do_resize": False, "do_pad": False, "do_center_crop": False}
+        patches = iter(self.image_processor(sum(cuts, []), **{**kwargs, **as_they_are})["pixel_values"])
+        rows, boxes = [], []
+        for image, snapshot, of_image in zip(images, snapshots, cuts, strict=True):
+            rows += [snapshot, *islice(patches, len(of_image))]
+            boxes += [[0.0] * 4, *get_boxes(image.height, image.width, *size, self.max_patches, settings)]
+        stack = torch.stack if isinstance(snapshots, torch.Tensor) else list
+        stack = np.stack if isinstance(snapshots, np.ndarray) else stack
+        return {**inputs, "pixel_values": stack(rows), "patch_boxes": boxes}, replacements
 
     @classmethod
     def from_vision_text_pretrained(
@@ -118,6 +172,7 @@ class VWLMMProcessor(LlavaProcessor):
         vision: str | os.PathLike | PreTrainedModel,
         text: str | os.PathLike | PreTrainedTokenizerBase,
         chat_template: str = "vicuna_v1",
+        max_patches: int | None = None,
     ) -> "VWLMMProcessor":
         """
         Makes the processor for a vision tower and an LLM, the counterpart of
@@ -138,6 +193,8 @@ class VWLMMProcessor(LlavaProcessor):
                 tokenizes as the authors' code did, `legacy` flag included; every other is kept as it is.
             chat_template (`str`, *optional*, defaults to `"vicuna_v1"`):
                 `"vicuna_v1"`, `"mistral"`, or `"plain"`, the captions of stage I.
+            max_patches (`int`, *optional*):
+                Most high-resolution patches of an image, for an adapter that reads them. By default none are made.
 
         Returns:
             [`VWLMMProcessor`]
@@ -157,6 +214,7 @@ class VWLMMProcessor(LlavaProcessor):
             vision_feature_select_strategy="default" if num_extra_tokens else "full",
             num_additional_image_tokens=num_extra_tokens,
             image_token=IMAGE_TOKEN,
+            max_patches=max_patches,
         )
         processor.chat_template = processor.get_chat_template(chat_template)
         return processor
@@ -169,6 +227,7 @@ class VWLMMProcessor(LlavaProcessor):
         image_processor: BaseImageProcessor | None = None,
         num_text_tokens: int | None = None,
         chat_template: str = "lavit",
+        max_patches: int | None = None,
     ) -> "VWLMMProcessor":
         """
         Makes the processor of a model with a visual tokenizer: behind the tokens of the LLM stand `[IMG]`, `[/IMG]`,
@@ -181,6 +240,7 @@ class VWLMMProcessor(LlavaProcessor):
                 of the tower, to which images are resized as a whole, as LaVIT's authors do.
             num_text_tokens (`int`, *optional*): Id of `[IMG]`, by default the number of the LLM's tokens.
             chat_template (`str`, *optional*, defaults to `"lavit"`): See [`~VWLMMProcessor.get_chat_template`].
+            max_patches (`int`, *optional*): See [`~VWLMMProcessor.from_vision_text_pretrained`].
 
         Returns:
             [`VWLMMProcessor`]
@@ -201,12 +261,15 @@ class VWLMMProcessor(LlavaProcessor):
             image_start_token=IMAGE_START_TOKEN,
             image_end_token=IMAGE_END_TOKEN,
             num_image_tokens=config.num_fixed_tokens,
+            max_patches=max_patches,
         )
         processor.chat_template = processor.get_chat_template(chat_template)
         return processor
 
     @classmethod
-    def from_llava(cls, name_or_path: str | os.PathLike, chat_template: str | None = None) -> "VWLMMProcessor":
+    def from_llava(
+        cls, name_or_path: str | os.PathLike, chat_template: str | None = None, max_patches: int | None = None
+    ) -> "VWLMMProcessor":
         """
         Makes the processor of a LLaVA checkpoint, the counterpart of `VWLMMForConditionalGeneration.from_llava`: its
         tokenizer and image processor, with the images as that LLaVA has learned to see them.
@@ -216,6 +279,7 @@ class VWLMMProcessor(LlavaProcessor):
             chat_template (`str`, *optional*):
                 `"vicuna_v1"` or `"mistral"`. By default the checkpoint's own template, which serves inference;
                 training needs one that marks what the assistant says.
+            max_patches (`int`, *optional*): See [`~VWLMMProcessor.from_vision_text_pretrained`].
 
         Returns:
             [`VWLMMProcessor`]
@@ -234,6 +298,7 @@ class VWLMMProcessor(LlavaProcessor):
             vision_feature_select_strategy=config.vision_feature_select_strategy,
             num_additional_image_tokens=count_extra_tokens(config.vision_config),
             image_token=IMAGE_TOKEN,
+            max_patches=max_patches,
         )
         processor.chat_template = processor.get_chat_template(chat_template) if chat_template else llava.chat_template
         return processor
@@ -246,7 +311,15 @@ class VWLMMProcessor(LlavaProcessor):
 
         Returns:
             `LlavaProcessor`
+
+        Raises:
+            ValueError: If images have high-resolution patches, which no LLaVA of this architecture reads.
         """
+        if self.max_patches is not None:
+            raise ValueError(
+                f"`max_patches` is {self.max_patches}, and a LLaVA's processor cuts no patches. Set it to None if the "
+                "snapshots alone are what you want."
+            )
         return make_llava_processor(self)
 
     def get_chat_template(self, name: str) -> str:
@@ -369,7 +442,8 @@ class VWLMMProcessor(LlavaProcessor):
 
         Returns:
             `BatchFeature` with `input_ids` and `attention_mask`, `[batch, length]`, and, if there are images,
-            `pixel_values`, `[images, 3, height, width]`.
+            `pixel_values`, `[images, 3, height, width]`; with `max_patches` `[rows, 3, height, width]`, and
+            `patch_boxes`, `[rows, 4]`.
 
         Raises:
             ValueError: If there are not as many images as placeholders, if `max_length` cuts image tokens, if an image

@@ -78,6 +78,25 @@ def pif(tmp_path_factory) -> str:
     return str(folder)
 
 
+def let_patches_matter(model: VWLMMForConditionalGeneration) -> VWLMMForConditionalGeneration:
+    """Gives a perceiver, which starts as if there were no patches, weights as if it had learned something."""
+    torch.manual_seed(1)
+    perceiver = model.model.multi_modal_projector.perceiver
+    for layer in (perceiver.w_q, perceiver.w_kv, perceiver.w_o1, perceiver.w_k, perceiver.w_o2):
+        torch.nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+    return model
+
+
+@pytest.fixture(scope="session")
+def perceiving(vicuna, tmp_path_factory) -> str:
+    """Folder of the first with VLSA's adapter, which reads up to four patches an image."""
+    folder = str(tmp_path_factory.mktemp("converted") / "perceiving")
+    model = VWLMMForConditionalGeneration.from_pretrained(vicuna, adapter="sa_perceiver")
+    let_patches_matter(model).save_pretrained(folder)
+    VWLMMProcessor.from_pretrained(vicuna, max_patches=4).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def model(vicuna) -> VWLMMForConditionalGeneration:
     return VWLMMForConditionalGeneration.from_pretrained(vicuna, dtype=torch.float32)

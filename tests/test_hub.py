@@ -28,6 +28,7 @@ CODE_FILES = {
     "objectives_vwlmm.py",
     "outputs_vwlmm.py",
     "parts_vwlmm.py",
+    "patches_vwlmm.py",
     "placeholders_vwlmm.py",
     "processing_vwlmm.py",
     "vision_vwlmm.py",
@@ -35,6 +36,7 @@ CODE_FILES = {
     "visual_words_vwlmm.py",
     "building_vwlmm.py",
     "chat_templates_vwlmm.py",
+    "cutting_vwlmm.py",
     "images_vwlmm.py",
     "messages_vwlmm.py",
 }

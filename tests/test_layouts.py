@@ -247,6 +247,30 @@ def test_images_of_any_length(lavit, data, tmp_path, sharding):
         compare(read(tmp_path / run["name"]), read(alone / run["name"]), run["name"])
 
 
+# VLSA's adapter, which reads another number of patches in every image.
+PERCEIVER_RUNS = [
+    make_run(f"perceiver_{mode}{stage}", stage, mode, 4) for mode, stage in (("plain", 1), ("plain", 2), ("packed", 2))
+]
+
+
+@pytest.fixture(scope="module")
+def perceiving_alone(perceiving, data, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("perceiving_alone")
+    train(perceiving, data, str(folder), json.dumps(PERCEIVER_RUNS))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "sharding", ["ddp", "fsdp2", pytest.param("zero3", marks=LONG), pytest.param("zero2", marks=LONG)]
+)
+def test_images_of_any_number_of_patches(perceiving, data, perceiving_alone, tmp_path, sharding):
+    """Also where one process has texts alone."""
+    runs = [{**run, "micro_batch_size": 1} for run in PERCEIVER_RUNS]
+    launch(2, SHARDINGS[sharding], perceiving, data, str(tmp_path), json.dumps(runs))
+    for run in runs:
+        compare(read(tmp_path / run["name"]), read(perceiving_alone / run["name"]), run["name"])
+
+
 # Every stage in every order of samples, and every layout: for `make test-long`.
 ALL_RUNS = [make_run(f"{mode}{stage}", stage, mode, 4) for stage in (1, 2, 3, 4) for mode in MODES]
 

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import ProcessorMixin
 from transformers.utils import logging
 
+from ..adapters_vwlmm import get_max_patches
 from ..configuration_vwlmm import VWLMMConfig
 from .arguments import VWLMMTrainingArguments
 from .sampling import count_images, has_image_column
@@ -176,7 +177,7 @@ def check_trained_modules(args: VWLMMTrainingArguments, use_pseudo_image_feature
 
 
 def check_processor(processor: ProcessorMixin, config: VWLMMConfig) -> None:
-    """Raises unless processor and model agree on the image placeholder, and on how many an image has."""
+    """Raises unless processor and model agree on the image placeholder, how many an image has, and on its patches."""
     if processor.image_token_id != config.image_token_id:
         raise ValueError(
             f"The processor's image placeholder has id {processor.image_token_id}, the model expects "
@@ -188,6 +189,13 @@ def check_processor(processor: ProcessorMixin, config: VWLMMConfig) -> None:
             f"The processor has vision_feature_select_strategy={processor.vision_feature_select_strategy!r}, the "
             f"model {config.vision_feature_select_strategy!r}: they count different numbers of image tokens. Use the "
             "processor that was saved with the model."
+        )
+    found, expected = getattr(processor, "max_patches", None), get_max_patches(config)
+    if found != expected:
+        raise ValueError(
+            f"The processor has max_patches={found}, and the model, whose adapter is {config.adapter!r}, expects "
+            f"{expected}. Set `processor.max_patches = {expected}`"
+            + (", or `adapter_config={'max_patches': " + f"{found}}}` of the model." if expected and found else ".")
         )
 
 

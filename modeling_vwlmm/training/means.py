@@ -30,7 +30,7 @@ class PositionMeans:
                 # Detached: a sum that is kept would keep the graph of its batch.
                 self._sums[name, key].append(value.detach() if isinstance(value, torch.Tensor) else value)
 
-    def add_batch(self, num_positions: int, num_padding: int | torch.Tensor, num_images: int) -> None:
+    def add_batch(self, num_positions: int, num_padding: int | torch.Tensor, num_images: int | torch.Tensor) -> None:
         """Adds the size of a batch."""
         self._sums["", "positions"].append(num_positions)
         self._sums["", "padding"].append(num_padding)

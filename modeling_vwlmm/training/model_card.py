@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..adapters_vwlmm import get_max_patches
 from ..configuration_vwlmm import VWLMMConfig
 from .stages import ADAPTER, DECODER, METHODS, MM_HEAD, STAGES, VM_HEAD
 
@@ -93,7 +94,7 @@ output = model.generate(**inputs, max_new_tokens=64)
 print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 {%- if 3 in stages %}
 
-words = model.get_visual_words(inputs["pixel_values"], top_k=3)  # token_ids and probabilities, [images, patches, 3]
+words = model.get_visual_words(inputs["pixel_values"]{{ patch_boxes }}, top_k=3)  # and probabilities: [images, N, 3]
 print(processor.tokenizer.convert_ids_to_tokens(words.token_ids[0, :, 0]))
 {%- endif %}
 ```
@@ -193,6 +194,7 @@ def make_model_card(
         name=name,
         repo_id=repo_id,
         stages={number: describe_stage(number) for number in stages},
+        patch_boxes="" if get_max_patches(config) is None else ', patch_boxes=inputs["patch_boxes"]',
         results=data.eval_results,
         training_procedure=training_procedure,
     )

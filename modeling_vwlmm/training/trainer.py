@@ -37,6 +37,7 @@ from ..assembly import check_is_dense
 from ..modeling_vwlmm import VWLMMForConditionalGeneration
 from ..objectives_vwlmm import find_supervised_positions, leave_out_dropped
 from ..outputs_vwlmm import VWLMMCausalLMOutputWithPast
+from ..patches_vwlmm import find_snapshots
 from ..placeholders_vwlmm import replace_placeholders
 from ..visual_tokenizer_vwlmm import VWLMMVisualTokenizer
 from .arguments import VWLMMTrainingArguments
@@ -375,10 +376,8 @@ class VWLMMTrainer(SavesWholeCheckpoints, LoadsInOrder, SFTTrainer):
         if inputs.pop("is_filler", False):  # of an evaluation
             ignore_all_positions(inputs)
         means = self._means["train" if self.model.training else "eval"]
-        pixel_values = inputs.get("pixel_values")
-        num_images = 0 if pixel_values is None else len(pixel_values)
-        means.add_batch(inputs["input_ids"].numel(), count_padding(inputs), num_images)
-        self._has_seen_images |= self.model.training and num_images > 0
+        means.add_batch(inputs["input_ids"].numel(), count_padding(inputs), count_images(inputs))
+        self._has_seen_images |= self.model.training and len(inputs.get("pixel_values", ())) > 0
         if isinstance(self.data_collator, VWLMMDataCollator):
             # It pads on the right, which no position before sees. Without a mask attention is cheaper, and the host
             # need not look into it.
@@ -566,6 +565,13 @@ def count_padding(batch: dict[str, Any]) -> int | torch.Tensor:
     if "num_padding" in batch.get("supervised_positions", {}):
         return batch["supervised_positions"]["num_padding"]
     return (batch["attention_mask"] == 0).sum() if "attention_mask" in batch else 0
+
+
+def count_images(batch: dict[str, Any]) -> int | torch.Tensor:
+    """Images of a batch, each of which may have several rows of `pixel_values`, without a read of the device."""
+    if "patch_boxes" in batch:
+        return find_snapshots(batch["patch_boxes"]).sum()
+    return len(batch.get("pixel_values", ()))
 
 
 def load_model_and_processor(

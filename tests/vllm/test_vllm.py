@@ -61,6 +61,15 @@ CONVERSATIONS = {
         user("Which color?", make_image(9)),
     ],
     "text alone": [user("How many people?")],
+    # Of one, four and two patches where high resolution is read.
+    "images of several sizes": [
+        user(
+            "What is left?",
+            make_image(2).resize((20, 28)),
+            make_image(11).resize((300, 280)),
+            make_image(12).resize((50, 20)),
+        )
+    ],
     "literal placeholder": [user("What is <image> here?", make_image(10))],
 }
 
@@ -112,15 +121,24 @@ def save_variant(source: str, folder: Path, num_new_tokens: int = 0, **fields) -
     scope="session",
     # vLLM pads the embedding matrix to a multiple of 64 rows. The placeholder is one of the rows added, or past them
     # all, as it is behind Vicuna's 32,000 tokens, or an ordinary row, as in LLaVA's checkpoints.
-    params=["vicuna", "pif", "placeholder_past_all_rows", "placeholder_in_vocabulary_pif", "lavit_top_k"],
+    params=[
+        "vicuna",
+        "pif",
+        "placeholder_past_all_rows",
+        "placeholder_in_vocabulary_pif",
+        "lavit_top_k",
+        "perceiving",
+    ],
 )
-def folder(request, wide_vicuna, vicuna, pif, tmp_path_factory) -> Path:
+def folder(request, wide_vicuna, vicuna, pif, perceiving, tmp_path_factory) -> Path:
     """The folder of a checkpoint that vLLM can serve on a CPU."""
     folder = tmp_path_factory.mktemp("vllm") / request.param
     if request.param == "vicuna":
         return wide_vicuna
     if request.param == "lavit_top_k":
         return save_lavit(folder)
+    if request.param == "perceiving":
+        return save_variant(perceiving, folder)
     if request.param == "pif":
         return save_variant(pif, folder)
     if request.param == "placeholder_in_vocabulary_pif":

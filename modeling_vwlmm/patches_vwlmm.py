@@ -1,0 +1,91 @@
+# Copyright 2026 The VW-LMM authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+High-resolution patches of images, beside their snapshots: which rows of a batch are which.
+
+Shapes: `R` rows of `pixel_values`, `I` images, `M` high-resolution patches of all images together, `N` image tokens of
+one image, `W` width of the tower's patch features.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Patches:
+    """
+    features (`torch.Tensor` of shape `[M, N, W]`):
+        What the tower made of the patches, in the order of their images.
+    boxes (`torch.Tensor` of shape `[M, 4]`):
+        Where they are: (y0, x0, y1, x1) in the unit square of the snapshot. Padding reaches outside of it.
+    num_patches (`list[int]`):
+        How many each image has.
+    """
+
+    features: torch.Tensor
+    boxes: torch.Tensor
+    num_patches: list[int]
+
+
+def find_snapshots(patch_boxes: torch.Tensor) -> torch.Tensor:
+    """Which rows of `pixel_values` are snapshots, of boxes `[R, 4]`: those whose box is zero. `torch.BoolTensor`."""
+    return (patch_boxes == 0).all(dim=-1)
+
+
+def split_patches(patch_features: torch.Tensor, patch_boxes: torch.Tensor) -> tuple[torch.Tensor, Patches]:
+    """
+    Takes snapshots and patches apart. Reads the boxes, for which the host waits.
+
+    Args:
+        patch_features (`torch.Tensor` of shape `[R, N, W]`): Of each image its snapshot, then its patches.
+        patch_boxes (`torch.Tensor` of shape `[R, 4]`): Box of each row, zeros for a snapshot.
+
+    Returns:
+        `torch.Tensor` of shape `[I, N, W]`, the snapshots' features, and [`Patches`].
+
+    Raises:
+        ValueError: If there is not a box for each row, or the rows do not begin with a snapshot, or a snapshot has no
+            patches.
+    """
+    num_rows = len(patch_features)
+    if patch_boxes.shape != (num_rows, 4):
+        raise ValueError(
+            f"`patch_boxes` has shape {tuple(patch_boxes.shape)}, and `pixel_values` {num_rows} rows; expected "
+            f"{(num_rows, 4)}, a box for each row. Pass both as the processor returns them, and cut neither."
+        )
+    patch_boxes = patch_boxes.to(patch_features.device)
+    is_snapshot = find_snapshots(patch_boxes)  # [R]
+    starts = is_snapshot.nonzero().flatten().tolist()
+    num_patches = [end - start - 1 for start, end in zip(starts, [*starts[1:], num_rows], strict=True)]
+    if num_rows and starts[:1] != [0]:
+        raise ValueError(
+            f"Row 0 of `patch_boxes` is {patch_boxes[0].tolist()}; expected zeros, for an image begins with its "
+            "snapshot. Pass rows in the order of the processor."
+        )
+    if 0 in num_patches:
+        raise ValueError(
+            f"Row {starts[num_patches.index(0)]} of `patch_boxes` is a snapshot (zeros) with no patch behind it; "
+            "expected one at least. Leave `patch_boxes` out where all rows are snapshots."
+        )
+    patches = Patches(patch_features[~is_snapshot], patch_boxes[~is_snapshot], num_patches)
+    return patch_features[is_snapshot], patches
+
+
+def get_token_centres(boxes: torch.Tensor, side: int) -> torch.Tensor:
+    """
+    Where the tokens of crops are.
+
+    Args:
+        boxes (`torch.Tensor` of shape `[M, 4]`): (y0, x0, y1, x1) of each crop.
+        side (`int`): Tokens in a row, and in a column.
+
+    Returns:
+        `torch.Tensor` of shape `[M, side * side, 2]`, (y, x) of the tokens' centres in raster order.
+    """
+    steps = (torch.arange(side, device=boxes.device, dtype=boxes.dtype) + 0.5) / side  # [side]
+    corners, sizes = boxes[:, None, :2], (boxes[:, 2:] - boxes[:, :2]).unsqueeze(1)  # [M, 1, 2]
+    y, x = (corners + steps[:, None] * sizes).unbind(dim=-1)  # [M, side]
+    return torch.stack([y.unsqueeze(2).expand(-1, -1, side), x.unsqueeze(1).expand(-1, side, -1)], dim=-1).flatten(
+        1, 2
+    )
