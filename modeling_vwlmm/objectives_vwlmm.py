@@ -150,6 +150,8 @@ class Objective:
     layers: tuple[int, ...] = ()
     # Whether it supervises the images of a batch and no positions: its loss is then a mean over images.
     counts_images: ClassVar[bool] = False
+    # Whether it is refused where all that it teaches is frozen. Else its own module may learn alone.
+    must_teach: ClassVar[bool] = False
     # Whether a later run goes on with the module that one has trained, which lies beside its checkpoint.
     continues_module: ClassVar[bool] = False
 

@@ -177,13 +177,12 @@ def check_trained_modules(args: VWLMMTrainingArguments, use_pseudo_image_feature
 
 
 def check_taught_modules(model: nn.Module, objectives: Mapping[str, Objective]) -> None:
-    """Raises if an objective teaches modules that are all frozen: its loss would be computed in vain."""
+    """Raises if an objective that has to teach a module of the model teaches frozen ones alone."""
     learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name, objective in objectives.items():
-        teaches = list(objective.teaches)
-        if model.config.use_pseudo_image_features and "decoder" in teaches:
-            teaches.append("vm_head")
-        if not any(parameter.startswith(f"{MODULES[module]}.") for module in teaches for parameter in learning):
+        teaches = objective.teaches
+        is_taught = any(parameter.startswith(f"{MODULES[module]}.") for module in teaches for parameter in learning)
+        if objective.must_teach and not is_taught:
             raise ValueError(
                 f"The objective `{name}` teaches {' and '.join(teaches)}, and all of that is frozen: nothing would "
                 "learn from it but what it trains beside the model. Name one of them in `trains` (with PEFT in "

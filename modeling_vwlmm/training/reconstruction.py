@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 Reconstruction, VLSA's supervision of image features: from them alone a denoiser has to draw the image (OpenReview
-RLhEGWt94S, section 3.2). Nothing of it is there at inference.
+RLhEGWt94S, section 3.1). Nothing of it is there at inference.
 
 An image becomes a clean latent `z` of a frozen VAE; `z_t = (1 - sigma) z + sigma * noise`. The Epigone makes of the
 image features what a text encoder gives a denoiser, which predicts the velocity `noise - z`. The loss is the mean of
@@ -54,8 +54,8 @@ class Epigone(nn.Module):
         if pooled_projection_dim > joint_attention_dim:
             raise ValueError(
                 f"The denoiser reads a pooled embedding of {pooled_projection_dim} numbers, and a row of its prompt "
-                f"has {joint_attention_dim}, of which it is a part. Take a denoiser whose `pooled_projection_dim` is no "
-                "larger than its `joint_attention_dim`."
+                f"has {joint_attention_dim}, of which it is a part. Take a denoiser whose `pooled_projection_dim` is "
+                "no larger than its `joint_attention_dim`."
             )
         self.pooled_projection_dim = pooled_projection_dim
         self.down = nn.Linear(hidden_size, rank)
@@ -153,6 +153,12 @@ class Reconstructor(nn.Module):
     def set_step(self, step: int) -> None:
         """The trainer tells the number of the optimiser step, from which the noise follows."""
         self.step = step
+
+    def checkpoint_activations(self, checkpoints: bool) -> None:
+        """Whether a frozen denoiser keeps no activations: of the model's own modules the model says so itself."""
+        transformer = getattr(self.denoiser, "transformer", None)
+        if not self.trains_denoiser and transformer is not None and transformer.gradient_checkpointing != checkpoints:
+            transformer.enable_gradient_checkpointing() if checkpoints else transformer.disable_gradient_checkpointing()
 
     def draw(
         self, image_seeds: Sequence[int], shape: Sequence[int], step: int | None
@@ -308,6 +314,7 @@ class Reconstruction(Objective):
     name = "reconstruction"
     teaches = ("adapter", "vision_tower")
     counts_images = True
+    must_teach = True
     continues_module = True
     optional_columns = ("image_seeds", "image_mean", "image_std")
 
@@ -342,7 +349,8 @@ class Reconstruction(Objective):
         if self.vae is None:
             raise ValueError(
                 "The objective `reconstruction` reads the latents of a VAE, and none is named. Set it in the "
-                "objective: `visual_objective: {reconstruction: {vae: PATH_OR_NAME}}`, of an AutoencoderKL or of a pipeline."
+                "objective: `visual_objective: {reconstruction: {vae: PATH_OR_NAME}}`, of an AutoencoderKL or of a "
+                "pipeline."
             )
         hidden_size, num_tokens = config.text_config.hidden_size, config.image_seq_length
         side = math.isqrt(num_tokens)
@@ -396,6 +404,9 @@ class Reconstruction(Objective):
 
     def predict(self, inputs: ObjectiveInputs) -> Term:
         reconstructor, batch, config = inputs.model.get_training_module(self.name), inputs.batch, inputs.model.config
+        reconstructor.checkpoint_activations(
+            any(getattr(module, "gradient_checkpointing", False) for module in inputs.model.modules())
+        )
         num_images = len(inputs.positions_of(self))  # all, or none
         hidden_size = config.text_config.hidden_size
         rows = inputs.hidden_states.new_empty(0, hidden_size)  # [I * l, D]
