@@ -156,9 +156,12 @@ class Reconstructor(nn.Module):
 
     def checkpoint_activations(self, checkpoints: bool) -> None:
         """Whether a frozen denoiser keeps no activations: of the model's own modules the model says so itself."""
-        transformer = getattr(self.denoiser, "transformer", None)
-        if not self.trains_denoiser and transformer is not None and transformer.gradient_checkpointing != checkpoints:
-            transformer.enable_gradient_checkpointing() if checkpoints else transformer.disable_gradient_checkpointing()
+        if self.trains_denoiser or self.denoiser.transformer.gradient_checkpointing == checkpoints:
+            return
+        if checkpoints:
+            self.denoiser.transformer.enable_gradient_checkpointing()
+        else:
+            self.denoiser.transformer.disable_gradient_checkpointing()
 
     def draw(
         self, image_seeds: Sequence[int], shape: Sequence[int], step: int | None

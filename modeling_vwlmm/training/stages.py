@@ -68,8 +68,8 @@ LAVIT_STAGES = {
     2: Stage("unified pre-training", (DECODER, MM_HEAD, ADAPTER), TOGETHER, (), 2048, 1e-4, "lavit"),
 }
 
-# VLSA (OpenReview RLhEGWt94S, section 4.1). Its text has no table of settings: rates and batches are LLaVA's. A denoiser
-# that trains from the start lowers the loss by itself, and leaves the image features with less to learn.
+# VLSA (OpenReview RLhEGWt94S, section 4.1). Its text has no table of settings: rates and batches are LLaVA's. In stage
+# 1 a pretrained denoiser is frozen: one that trains lowers the loss by itself, and leaves the features less to learn.
 FROZEN_DENOISER = {"reconstruction": {"trains_denoiser": "if_new"}}
 RECONSTRUCTION = "reconstruction"
 VLSA_STAGES = {
