@@ -150,6 +150,27 @@ def tiny_text(kind: str, **overrides):
     return AutoModelForCausalLM.from_config(configs[kind]())
 
 
+def make_vae(folder: Path) -> None:
+    """Saves a random VAE of diffusers, which makes one of two pixels, and four channels."""
+    from diffusers import AutoencoderKL  # an optional dependency
+
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        vae = AutoencoderKL(
+            block_out_channels=(8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            norm_num_groups=4,
+            shift_factor=0.1,
+            scaling_factor=1.5,
+        )
+        # Latents that differ between images more than between samples of one.
+        vae.quant_conv.weight[:4] *= 3
+        vae.quant_conv.bias[4:] = -4
+    vae.save_pretrained(folder)
+
+
 @pytest.fixture(scope="session")
 def dataset() -> datasets.Dataset:
     """Eight samples of unequal length: one image, none, two in one turn, one in a later turn."""
