@@ -7,6 +7,7 @@ it, what of it is saved, and what is refused before a run begins.
 
 import copy
 import http.server
+import importlib
 import importlib.util
 import json
 import logging
@@ -17,8 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import BY_HAND, GOLDEN, make_vae
+from conftest import BY_HAND, GOLDEN, make_image, make_vae
 from huggingface_hub import constants
+from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -643,6 +645,43 @@ class TestSaved:
         assert all(torch.equal(own[name], value) for name, value in saved.items())
         with pytest.raises(ValueError, match="is of another module than this run trains"):
             make_trainer({"vae": str(pipeline)}, stage=3, method="vlsa", model=str(tmp_path / "stage2"))
+
+
+class TestPicture:
+    """`examples/reconstruct.py`."""
+
+    @pytest.fixture
+    def reconstruct(self, monkeypatch):
+        monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+        return importlib.import_module("reconstruct")
+
+    def test_it_draws_with_what_was_trained(self, reconstruct, make_trainer, model, options, tmp_path):
+        trainer = make_trainer(options)
+        trainer.train()
+        trainer.save_model(tmp_path / "saved")
+        loaded, _ = reconstruct.load(str(tmp_path / "saved"))
+        for name, value in model.training_modules.state_dict().items():
+            assert torch.equal(loaded.training_modules.state_dict()[name], value), name
+        for n in range(2):
+            make_image(n).save(tmp_path / f"{n}.png")
+        files = [str(tmp_path / f"{n}.png") for n in range(2)]
+        reconstruct.main([str(tmp_path / "saved"), *files, "-o", str(tmp_path / "picture.png"), "--steps", "2"])
+        assert Image.open(tmp_path / "picture.png").size == (3 * 28 + 2 * 4, 2 * 28 + 4)
+        with pytest.raises(FileNotFoundError, match="was not trained with the objective `reconstruction`"):
+            reconstruct.load(str(tmp_path))
+
+    def test_the_right_velocity_leads_from_noise_to_the_vaes_copy(self, reconstruct, model, processor, pipeline):
+        attach(model, {"vae": str(pipeline)}).eval()
+        reconstructor = model.training_modules["reconstruction"]
+        image = make_image(1)
+        inputs = processor.image_processor(image, return_tensors="pt")
+        pixels = to_vae_pixels(inputs["pixel_values"], *CLIP.values(), 28)
+        z = reconstructor.encode(pixels)
+        reconstructor.denoise = lambda z_t, sigma, *conditions: (z_t - z) / sigma.view(-1, 1, 1, 1)
+        original, copy, drawn = reconstruct.reconstruct(model, processor, [image], num_steps=5)[0]
+        assert_close(original, pixels[0])
+        assert_close(copy, reconstructor.decode(z)[0])
+        assert_close(drawn, copy, atol=1e-5, rtol=1e-5)
 
 
 class TestRefused:

@@ -20,7 +20,7 @@ embedding, `C'` channels of a latent, `h, w` its sides, `H, W` those of `pixel_v
 import hashlib
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -290,6 +290,31 @@ class Reconstructor(nn.Module):
         return 0 * losses if is_blank else losses
 
 
+def get_conditions(images: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """
+    What a denoiser is told of images: image features `V` `[I, l, D]`, global features `P` `[I, D]`, which are the
+    means of the image features where the adapter makes none, and which tokens are kept, `[I, l]`, if some are not.
+
+    Args:
+        images ([`VWLMMImageFeaturesOutput`]): What the adapter has made of them.
+
+    Raises:
+        ValueError: If images have different numbers of tokens.
+    """
+    sizes = {len(features) for features in images["image_features"]}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"Images have {' and '.join(map(str, sorted(sizes)))} tokens, and reconstruction expects equally many of "
+            "each. Take a tower whose images are of one size."
+        )
+    features = torch.stack(tuple(images["image_features"]))  # [I, l, D]
+    keep_mask, global_features = images.get("keep_mask"), images.get("global_features")  # [I, l], [I, D]
+    if global_features is None:
+        kept = torch.ones_like(features[..., 0]) if keep_mask is None else keep_mask.to(features.dtype)  # [I, l]
+        global_features = (features * kept[..., None]).sum(dim=1) / kept.sum(dim=1, keepdim=True)
+    return features, global_features, keep_mask
+
+
 def get_vae_factor(config: Any) -> int:
     """Pixels of a side that a VAE makes one of."""
     return 2 ** (len(config["block_out_channels"]) - 1)
@@ -428,17 +453,12 @@ class Reconstruction(Objective):
             global_features = features.sum(dim=1) if global_features is None else global_features[:0]
             losses = reconstructor(features, global_features, None, [])  # [1]
             return Term(losses.sum(), 0, {})
-        sizes = {len(features) for features in images["image_features"]}
-        if len(sizes) > 1 or len(images["image_features"]) != num_images:
+        features, global_features, keep_mask = get_conditions(images)  # [I, l, D], [I, D], [I, l]
+        if len(features) != num_images:
             raise ValueError(
-                f"There are {num_images} images, and features of {len(images['image_features'])} with "
-                f"{sorted(sizes)} tokens; expected equally many of each. Take a tower whose images are of one size."
+                f"There are features of {len(features)} images, and `pixel_values` of {num_images}. Pass "
+                "`pixel_values` and `patch_boxes` as the processor has made them."
             )
-        features = rows.view(num_images, -1, hidden_size)  # [I, l, D]
-        keep_mask, global_features = images.get("keep_mask"), images.get("global_features")  # [I, l], [I, D]
-        if global_features is None:
-            kept = torch.ones_like(features[..., 0]) if keep_mask is None else keep_mask.to(features.dtype)  # [I, l]
-            global_features = (features * kept[..., None]).sum(dim=1) / kept.sum(dim=1, keepdim=True)
         image_rows = inputs.supervised_positions["image_rows"].to(features.device)  # [I]
         pixel_values = batch["pixel_values"].to(features.device)[image_rows]  # [I, 3, H, W]
         for name in ("image_mean", "image_std"):
