@@ -172,6 +172,36 @@ def make_vae(folder: Path) -> None:
 
 
 @pytest.fixture(scope="session")
+def pipeline(tmp_path_factory) -> Path:
+    """The folder of a pipeline: a VAE that makes one of two pixels, and a transformer of two layers."""
+    pytest.importorskip("diffusers")
+    from diffusers import SD3Transformer2DModel
+
+    folder = tmp_path_factory.mktemp("pipeline")
+    torch.manual_seed(0)
+    make_vae(folder / "vae")
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        caption_projection_dim=16,
+        pooled_projection_dim=12,
+        pos_embed_max_size=8,
+    )
+    with torch.no_grad():  # by default it draws the same, whatever it reads
+        for parameter in transformer.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.15)
+    transformer.save_pretrained(folder / "transformer")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def dataset() -> datasets.Dataset:
     """Eight samples of unequal length: one image, none, two in one turn, one in a later turn."""
     conversations = [

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import BY_HAND, GOLDEN, make_image, make_vae
+from conftest import BY_HAND, GOLDEN, make_image
 from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file
@@ -42,36 +42,6 @@ N, D = 16, 48  # image tokens of an image, hidden size
 CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
 ADAPTER, TOWER, OWN = "model.multi_modal_projector.", "model.vision_tower.", "training_modules.reconstruction."
 has_diffusers = pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="diffusers is not installed")
-
-
-@pytest.fixture(scope="session")
-def pipeline(tmp_path_factory) -> Path:
-    """The folder of a pipeline: a VAE that makes one of two pixels, and a transformer of two layers."""
-    pytest.importorskip("diffusers")
-    from diffusers import SD3Transformer2DModel
-
-    folder = tmp_path_factory.mktemp("pipeline")
-    torch.manual_seed(0)
-    make_vae(folder / "vae")
-    transformer = SD3Transformer2DModel(
-        sample_size=16,
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=24,
-        caption_projection_dim=16,
-        pooled_projection_dim=12,
-        pos_embed_max_size=8,
-    )
-    with torch.no_grad():  # by default it draws the same, whatever it reads
-        for parameter in transformer.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.15)
-    transformer.save_pretrained(folder / "transformer")
-    return folder
 
 
 @pytest.fixture(params=["per_token", "sd3"])
