@@ -32,6 +32,7 @@ from modeling_vwlmm.training.lockstep import encode_no_images
 from modeling_vwlmm.training.reconstruction import (
     add_noise,
     check_sizes,
+    get_conditions,
     reconstruction_losses,
     to_vae_pixels,
 )
@@ -291,6 +292,32 @@ class TestLoss:
         numbers = torch.stack([sigma.logit(), noise.flatten(), epsilon.flatten()])
         assert (torch.corrcoef(numbers) - torch.eye(3)).abs().max() < 0.06
 
+    def test_a_model_in_bf16(self, vicuna, options):
+        """Latents, noise and loss stay in fp32."""
+        model = VWLMMForConditionalGeneration.from_pretrained(vicuna, dtype=torch.bfloat16)
+        attach(model, options, seed=5)
+        reconstructor = model.training_modules["reconstruction"]
+        assert reconstructor.seed == 5 and reconstructor.epigone.up.weight.dtype == torch.bfloat16
+        output = run(model, make_batch(2), options)
+        output.loss.backward()
+        assert output.terms["reconstruction"].total.dtype == torch.float32
+        reference = VWLMMForConditionalGeneration.from_pretrained(vicuna, dtype=torch.float32)
+        attach(reference, options, seed=5)
+        expected = run(reference, make_batch(2), options).losses["reconstruction"]
+        assert_close(output.losses["reconstruction"], expected, atol=0, rtol=0.02)
+
+    def test_the_collator_names_images(self, processor):
+        """By the sample's id, which other samples of the batch do not change, or by their pixels."""
+        objective = parse_objectives({"reconstruction": {}})[0]["reconstruction"]
+        samples = [{"id": "a", "images": [make_image(0), make_image(1)]}, {"id": "b", "images": []}, {"id": 7}]
+        samples += [{"images": [make_image(1)]}, {"id": None, "images": [make_image(2), make_image(1)]}]
+        columns = objective.collate(samples, processor, N)
+        first, second, third, fourth, fifth = columns["image_seeds"]
+        assert len({first, second, third, fourth}) == 4 and fifth == third
+        assert objective.collate(samples[:1], processor, N)["image_seeds"] == [first, second]
+        assert {name: columns[name] for name in CLIP} == CLIP
+        assert objective.optional_columns == tuple(columns)
+
     def test_without_seeds_pixels_say_which_image_it_is(self, model, options):
         attach(model, options)
         batch = make_batch(3)
@@ -401,6 +428,24 @@ class TestSD3:
         assert_close(own, shuffled, atol=1e-6, rtol=1e-5)
         own, other = (losses.view(8, 4).mean(dim=0) for losses in (own, other))
         assert (other > own).all() and other.mean() > 1.1 * own.mean()
+
+    def test_dropped_tokens_say_nothing(self, model, pipeline):
+        """An adapter that drops some leaves each image its own number of them."""
+        attach(model, {"vae": str(pipeline), "denoiser": str(pipeline)})
+        reconstructor = model.training_modules["reconstruction"]
+        features, z_t, sigma = torch.randn(2, N, D), torch.randn(2, 4, 14, 14), torch.rand(2)
+        keep_mask = torch.arange(2 * N).view(2, N) % 5 < torch.tensor([[2], [4]])
+        velocities, means = [], []
+        for rows in (features, features.masked_fill(~keep_mask[..., None], 7.0)):
+            images = {"image_features": list(rows), "keep_mask": keep_mask}
+            velocities.append(reconstructor.denoise(z_t, sigma, *get_conditions(images)))
+            means.append(get_conditions(images)[1])
+        assert torch.equal(*velocities) and torch.equal(*means)
+        for n in range(2):
+            kept = features[n, keep_mask[n]]
+            assert_close(means[0][n], kept.mean(dim=0))
+            alone = get_conditions({"image_features": [kept]})
+            assert_close(velocities[0][n], reconstructor.denoise(z_t[n : n + 1], sigma[n : n + 1], *alone)[0])
 
     @pytest.mark.parametrize("trains", [True, False], ids=["trained", "frozen"])
     def test_checkpointed_activations_give_the_same_gradients(self, vicuna, pipeline, trains):

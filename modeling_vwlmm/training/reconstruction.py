@@ -23,6 +23,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -417,11 +418,11 @@ class Reconstruction(Objective):
         A number for each image, from which its noise follows, and what its pixels were normalised with. No tensors:
         they are read on the host.
         """
-        seeds = [
-            zlib.crc32(image.tobytes() if example.get("id") is None else f"{example['id']} {index}".encode())
-            for example in examples
-            for index, image in enumerate(example.get("images") or [])
-        ]
+        seeds = []
+        for example in examples:
+            for index, image in enumerate(example.get("images") or []):
+                name = None if example.get("id") is None else f"{example['id']} {index}".encode()
+                seeds.append(zlib.crc32(np.asarray(image).tobytes() if name is None else name))
         images = processor.image_processor
         normalizes = getattr(images, "do_normalize", True)
         return {
