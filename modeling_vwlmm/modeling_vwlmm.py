@@ -289,6 +289,7 @@ class VWLMMForConditionalGeneration(
         objectives, weights = parse_objectives(visual_objective, visual_loss_weight, labels is not None)
         labels = None if labels is None else replace_placeholders(labels, self.config, token_id=-100)
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        batch["pixel_values"] = pixel_values
         batch, supervised_positions = prepare_batch(
             objectives, {**batch, "labels": labels}, kwargs, supervised_positions, self.config.image_token_id
         )
@@ -305,7 +306,7 @@ class VWLMMForConditionalGeneration(
             patch_features,
         )
         if supervised_positions is not None and images is not None:
-            supervised_positions = leave_out_dropped(supervised_positions, images.get("keep_mask"))
+            supervised_positions = leave_out_dropped(supervised_positions, images.get("keep_mask"), objectives)
         image_positions = None if supervised_positions is None else supervised_positions["image_tokens"]
         if objectives and images is None:
             check_no_placeholder(input_ids, self.config, image_positions, is_learned=True)

@@ -79,8 +79,8 @@ class ObjectiveInputs:
     model (`VWLMMForConditionalGeneration`):
         The model, with its heads and, from `get_training_module`, what objectives have added.
     batch (`dict[str, torch.Tensor]`):
-        `input_ids`, `[B, L]`, and where there are some `labels`, `attention_mask`, `position_ids`, and the columns
-        that objectives ask for.
+        `input_ids`, `[B, L]`, and where there are some `labels`, `attention_mask`, `position_ids`, `pixel_values`,
+        and the columns that objectives ask for.
     hidden_states (`torch.Tensor` of shape `[B, L, D]`):
         Output `h` of the decoder. Behind a dropped image token stands that of the last one that is kept.
     layers (`Sequence[torch.Tensor]`, *optional*):
@@ -105,7 +105,10 @@ class ObjectiveInputs:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def positions_of(self, objective: "Objective") -> torch.Tensor:
-        """The positions that an objective supervises, counted through the rows of the batch (`n + L * row`), `[K]`."""
+        """
+        The positions that an objective supervises, counted through the rows of the batch (`n + L * row`), `[K]`. Of
+        one that counts images the indices of images: of all of them, or of none where a batch fills up an epoch.
+        """
         if self.supervised_positions is not None:
             return self.supervised_positions["by_objective"][objective.name]
         return _where(objective.positions(self.batch, self.model.config.image_token_id))
@@ -145,10 +148,16 @@ class Objective:
     optional_columns: ClassVar[tuple[str, ...]] = ()
     # Layers of the decoder whose outputs it reads, as indices of `hidden_states`.
     layers: tuple[int, ...] = ()
+    # Whether it supervises the images of a batch and no positions: its loss is then a mean over images.
+    counts_images: ClassVar[bool] = False
+    # Whether it is refused where all that it teaches is frozen. Else its own module may learn alone.
+    must_teach: ClassVar[bool] = False
+    # Whether a later run goes on with the module that one has trained, which lies beside its checkpoint.
+    continues_module: ClassVar[bool] = False
 
     def positions(self, batch: Mapping[str, Any], image_token_id: int) -> torch.Tensor:
         """
-        The positions that it supervises.
+        The positions that it supervises. Nobody asks one that counts images.
 
         Args:
             batch (`Mapping`): `input_ids` `[B, L]`, and where there are some `labels`, `attention_mask`,
@@ -559,12 +568,15 @@ class SupervisedPositions(TypedDict):
     accelerator the host would have to wait for it.
 
     by_objective (`dict[str, torch.LongTensor]`):
-        The positions that each objective supervises, counted through the rows (`n + num_columns * row`), `[K]`.
+        The positions that each objective supervises, counted through the rows (`n + num_columns * row`), `[K]`; of
+        those that count images the indices of images.
     image_tokens (`torch.LongTensor` of shape `[I * N]`):
         Where the image tokens are, counted in the same way.
     num_columns (`int`):
         Columns that are needed: without text to learn, those up to the last image token. What stands behind it cannot
         reach what is predicted up to it.
+    image_rows (`torch.LongTensor` of shape `[I]`, *optional*):
+        Where an objective counts images: the rows of `pixel_values` that are whole images, and no patches of one.
     num_padding (`int`, *optional*):
         Positions of the batch that are padding, for the logs.
     """
@@ -572,6 +584,7 @@ class SupervisedPositions(TypedDict):
     by_objective: dict[str, torch.Tensor]
     image_tokens: torch.Tensor
     num_columns: int
+    image_rows: NotRequired[torch.Tensor]
     num_padding: NotRequired[int]
 
 
@@ -583,27 +596,65 @@ def find_supervised_positions(
 
     Args:
         objectives (`Mapping[str, Objective]`): As [`parse_objectives`] returns them.
-        batch (`Mapping`): What `Objective.positions` reads.
+        batch (`Mapping`): What `Objective.positions` reads, and `pixel_values` for who counts images.
         image_token_id (`int`): Id of the image placeholder.
     """
     is_image = batch["input_ids"] == image_token_id  # [B, L]
-    masks = {name: objective.positions(batch, image_token_id) for name, objective in objectives.items()}  # [B, L]
+    by_position = {name: objective for name, objective in objectives.items() if not objective.counts_images}
+    masks = {name: objective.positions(batch, image_token_id) for name, objective in by_position.items()}  # [B, L]
     num_columns = is_image.shape[1]
     if "language" not in objectives:
         columns = torch.stack([is_image, *masks.values()]).any(dim=0).any(dim=0).nonzero()  # [columns, 1]
         num_columns = int(columns[-1]) + 1 if len(columns) else 1
     masks = {name: mask[:, :num_columns] for name, mask in masks.items()}
     positions = {name: _where(mask) for name, mask in masks.items()}
-    return {"by_objective": positions, "image_tokens": _where(is_image[:, :num_columns]), "num_columns": num_columns}
+    found = {"by_objective": positions, "image_tokens": _where(is_image[:, :num_columns]), "num_columns": num_columns}
+    if len(by_position) < len(objectives):
+        found["image_rows"] = find_image_rows(batch.get("pixel_values"), batch.get("patch_boxes"))  # [I]
+        images = torch.arange(len(found["image_rows"]), device=found["image_rows"].device)  # [I]
+        found["by_objective"] = {name: positions.get(name, images) for name in objectives}
+    return found
 
 
-def leave_out_dropped(positions: SupervisedPositions, keep_mask: torch.Tensor | None) -> SupervisedPositions:
+def find_image_rows(pixel_values: torch.Tensor | None, patch_boxes: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    The rows of `pixel_values` that are whole images.
+
+    Args:
+        pixel_values (`torch.Tensor` of shape `[rows, 3, H, W]`, *optional*): Preprocessed images and patches of them.
+        patch_boxes (`torch.Tensor` of shape `[rows, 4]`, *optional*): Where in its image each row lies, zeros for the
+            whole of it. Without, every row is an image.
+
+    Returns:
+        `torch.LongTensor` of shape `[I]`.
+
+    Raises:
+        ValueError: If there are not as many boxes as rows.
+    """
+    if pixel_values is None:
+        return torch.empty(0, dtype=torch.long)
+    if patch_boxes is None:
+        return torch.arange(len(pixel_values), device=pixel_values.device)
+    if len(patch_boxes) != len(pixel_values):
+        raise ValueError(
+            f"`patch_boxes` has {len(patch_boxes)} rows, and `pixel_values` {len(pixel_values)}; expected one box for "
+            "each. Pass both as the processor has made them."
+        )
+    return _where((patch_boxes == 0).all(dim=1))
+
+
+def leave_out_dropped(
+    positions: SupervisedPositions, keep_mask: torch.Tensor | None, objectives: Mapping[str, Objective]
+) -> SupervisedPositions:
     """The positions without those of image tokens that are dropped: `keep_mask`, `[I, N]`, is false there."""
     if keep_mask is None or not len(keep_mask):
         return positions
     image_tokens = positions["image_tokens"]
     dropped = image_tokens[~keep_mask.flatten().to(image_tokens.device)]
-    supervised = {name: rows[~torch.isin(rows, dropped)] for name, rows in positions["by_objective"].items()}
+    supervised = {
+        name: rows if objectives[name].counts_images else rows[~torch.isin(rows, dropped)]
+        for name, rows in positions["by_objective"].items()
+    }
     return {**positions, "by_objective": supervised}
 
 
@@ -631,7 +682,7 @@ def prepare_batch(
 
     Args:
         objectives (`Mapping[str, Objective]`): As [`parse_objectives`] returns them.
-        batch (`dict`): `input_ids`, `labels`, `attention_mask` and `position_ids`.
+        batch (`dict`): `input_ids`, `labels`, `attention_mask`, `position_ids` and `pixel_values`.
         kwargs (`dict`): What else `forward` was called with. The columns that objectives ask for are taken out of it.
         supervised_positions ([`SupervisedPositions`], *optional*): What a collator has found.
         image_token_id (`int`): Id of the image placeholder.
@@ -687,7 +738,7 @@ def name_counts(
 ) -> dict[str, int | torch.Tensor]:
     """
     The positions of an optimiser step by objective. A number alone counts those of the text, and
-    `num_image_items_in_batch` those of every objective that has none of its own.
+    `num_image_items_in_batch` those of every objective that counts positions of images and has none of its own.
     """
     if num_items_in_batch is None:
         counts = {}
@@ -697,7 +748,7 @@ def name_counts(
         counts = {"language": num_items_in_batch}
     if num_image_items_in_batch is not None:
         for name in objectives:
-            if name != "language":
+            if name != "language" and not objectives[name].counts_images:
                 counts.setdefault(name, num_image_items_in_batch)
     return counts
 

@@ -169,6 +169,57 @@ def tiny_text(kind: str, **overrides):
     return AutoModelForCausalLM.from_config(configs[kind]())
 
 
+def make_vae(folder: Path) -> None:
+    """Saves a random VAE of diffusers, which makes one of two pixels, and four channels."""
+    from diffusers import AutoencoderKL  # an optional dependency
+
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        vae = AutoencoderKL(
+            block_out_channels=(8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            norm_num_groups=4,
+            shift_factor=0.1,
+            scaling_factor=1.5,
+        )
+        # Latents that differ between images more than between samples of one.
+        vae.quant_conv.weight[:4] *= 3
+        vae.quant_conv.bias[4:] = -4
+    vae.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory) -> Path:
+    """The folder of a pipeline: a VAE that makes one of two pixels, and a transformer of two layers."""
+    pytest.importorskip("diffusers")
+    from diffusers import SD3Transformer2DModel
+
+    folder = tmp_path_factory.mktemp("pipeline")
+    torch.manual_seed(0)
+    make_vae(folder / "vae")
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        caption_projection_dim=16,
+        pooled_projection_dim=12,
+        pos_embed_max_size=8,
+    )
+    with torch.no_grad():  # by default it draws the same, whatever it reads
+        for parameter in transformer.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.15)
+    transformer.save_pretrained(folder / "transformer")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def dataset() -> datasets.Dataset:
     """Eight samples of unequal length: one image, none, two in one turn, one in a later turn."""

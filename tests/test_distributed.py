@@ -5,6 +5,7 @@
 Run as a script by the launcher, this file trains; run by pytest, it starts the launcher and compares.
 """
 
+import importlib.util
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, gather_object
-from conftest import make_image
+from conftest import make_image, make_vae
 from datasets import Dataset, List, Value, load_from_disk
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -37,6 +38,8 @@ RUNS = {
     "labels_and_features": (2, False, LABELS_AND_FEATURES),
     "aligned": (4, False, {"features": {"shift": False, "layer": 1}}),
 }
+if importlib.util.find_spec("diffusers") is not None:
+    RUNS["reconstruction"] = (2, False, {"reconstruction": {"vae": "vae"}})  # beside the data
 # Those that train a module beside the model's own are resumed, too.
 RESUMED = "labels_and_features"
 FSDP = {
@@ -67,6 +70,8 @@ class InOrderTrainer(VWLMMTrainer):
 
 def make_trainer(checkpoint: str, data: str, output: str, name: str) -> InOrderTrainer:
     stage, use_pseudo_image_features, visual_objective = RUNS[name]
+    if name == "reconstruction":
+        visual_objective = {name: {option: str(Path(data, path)) for option, path in visual_objective[name].items()}}
     args = VWLMMTrainingArguments(
         f"{output}/run_{name}",
         stage=stage,
@@ -173,6 +178,8 @@ def data(dataset, tmp_path_factory) -> str:
         for sample, images in enumerate(samples["images"])
     ]
     samples.add_column("image_labels", labels, feature=List(List(Value("int64")))).save_to_disk(folder)
+    if "reconstruction" in RUNS:
+        make_vae(folder / "vae")
     return str(folder)
 
 
@@ -292,7 +299,7 @@ def test_the_steps_change_something(vicuna, alone):
             {n: v for n, v in all_tensors(alone / folder).items() if n.startswith("features: ")}
             for folder in (name, f"run_{RESUMED}/checkpoint-1")
         )
-        assert trained.keys() == ({"features: weight", "features: bias"} if objective else set())
+        assert trained.keys() == ({"features: weight", "features: bias"} if "features" in (objective or ()) else set())
         if name == RESUMED:
             assert not any(torch.equal(value, fresh[tensor]) for tensor, value in trained.items())
 

@@ -988,10 +988,11 @@ class TestArguments:
         before = weights(model)
         trainer = make_trainer(stage, trains=trains)
         trainer.train()
-        wanted = {name for name in before if name.startswith(prefixes)}
+        # The adapter reads the layer before the tower's last, and nothing depends on what is behind.
+        unread = ("model.vision_tower.encoder.layers.3.", "model.vision_tower.post_layernorm.")
+        wanted = {name for name in before if name.startswith(prefixes) and not name.startswith(unread)}
         assert {name for name, p in model.named_parameters() if p.requires_grad} == wanted
         changed = {name for name, value in weights(model).items() if not torch.equal(value, before[name])}
-        # Not all of the tower's: the adapter reads the layer before its last.
         assert changed <= wanted and all(any(name.startswith(prefix) for name in changed) for prefix in prefixes)
 
     @pytest.mark.parametrize(

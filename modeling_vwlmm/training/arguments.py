@@ -12,7 +12,7 @@ from transformers.utils import is_torch_bf16_gpu_available, logging
 from trl import SFTConfig
 
 from ..objectives_vwlmm import Objective, parse_objectives
-from .stages import METHODS, MODULES
+from .stages import METHODS, MODULES, VISION_TOWER
 from .untrusted import check_dataset
 
 
@@ -83,6 +83,8 @@ class VWLMMTrainingArguments(SFTConfig):
         random_mask_steps, continuous_steps (`float`, *optional*, defaults to 0.2 and 0.58):
             Of LaVIT's stage 1: how many steps keep patches at random, and how many in all, these included, pass before
             there is a codebook. Below 1 they are shares of all steps.
+        vision_tower_learning_rate (`float`, *optional*):
+            Peak learning rate of the vision tower, where it trains. By default that of all else.
         ignore_data_changes (`bool`, *optional*, defaults to `False`):
             Whether a run goes on from a checkpoint that was made on other data, or in another order of them: without,
             it is refused.
@@ -109,8 +111,10 @@ class VWLMMTrainingArguments(SFTConfig):
     # Fields that the command line takes as JSON.
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "visual_objective"]
 
-    stage: int | None = field(default=None, metadata={"help": "Training stage, 1 to 4; of LaVIT 1 or 2."})
-    method: str = field(default="vw-lmm", metadata={"help": "Whose stages they are: 'vw-lmm' or 'lavit'."})
+    stage: int | None = field(
+        default=None, metadata={"help": "Training stage, 1 to 4; of LaVIT 1 or 2, of VLSA 1 to 3."}
+    )
+    method: str = field(default="vw-lmm", metadata={"help": "Whose stages they are: 'vw-lmm', 'lavit' or 'vlsa'."})
     trains: list[str] | None = field(
         default=None,
         metadata={
@@ -141,6 +145,10 @@ class VWLMMTrainingArguments(SFTConfig):
         metadata={"help": "Whether to resume from a checkpoint that was made on other data, or in another order."},
     )
 
+    vision_tower_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Peak learning rate of a vision tower that trains. By default `learning_rate`."},
+    )
     text_first_share: float = field(
         default=0.0,
         metadata={"help": "LaVIT, stage 2: share of captioned images that are written behind their caption."},
@@ -229,6 +237,14 @@ class VWLMMTrainingArguments(SFTConfig):
                 f"`random_mask_steps` is {self.random_mask_steps} and `continuous_steps` {self.continuous_steps}; "
                 "expected numbers that are not negative, and the second no smaller than the first, which it includes."
             )
+        rate = self.vision_tower_learning_rate
+        if rate is not None and not 0 <= rate < math.inf:
+            raise ValueError(f"`vision_tower_learning_rate` is {rate}; expected a finite number that is not negative.")
+        if rate is not None and VISION_TOWER not in self.get_trained_modules():
+            raise ValueError(
+                f"`vision_tower_learning_rate` is {rate}, and stage {self.stage} keeps the vision tower frozen. Leave "
+                "it out, or name `vision_tower` in `trains`."
+            )
         if not 0 <= self.spike_threshold < math.inf:
             raise ValueError(
                 f"`spike_threshold` is {self.spike_threshold}; expected a finite number that is not negative."
@@ -258,9 +274,24 @@ class VWLMMTrainingArguments(SFTConfig):
         """Whether this stage trains a visual tokenizer, and no model with an LLM."""
         return (self.method, self.stage) == ("lavit", 1)
 
+    def get_visual_objective(self) -> dict[str, Any] | str | None:
+        """`visual_objective`, with the stage's options where it leaves them open."""
+        open_options = METHODS[self.method][self.stage].objective_options
+        objective = self.visual_objective
+        if isinstance(objective, str) and objective in open_options:
+            objective = {objective: self.visual_loss_weight}
+        if not isinstance(objective, dict):
+            return objective
+        return {
+            name: {**open_options[name], **(options if isinstance(options, dict) else {"weight": options})}
+            if name in open_options
+            else options
+            for name, options in objective.items()
+        }
+
     def get_objectives(self) -> tuple[dict[str, Objective], dict[str, float]]:
         """The objectives of this run with their weights, by name. See `parse_objectives`."""
-        objectives, weights = parse_objectives(self.visual_objective, self.visual_loss_weight)
+        objectives, weights = parse_objectives(self.get_visual_objective(), self.visual_loss_weight)
         if not objectives:
             raise ValueError(f"`visual_objective` is {self.visual_objective!r}, which leaves nothing to learn.")
         return objectives, weights

@@ -3,7 +3,7 @@
 """What the trainer refuses before it begins."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from ..adapters_vwlmm import get_max_patches
 from ..configuration_vwlmm import VWLMMConfig
+from ..objectives_vwlmm import Objective
 from .arguments import VWLMMTrainingArguments
 from .sampling import count_images, has_image_column
 from .stages import DECODER, MODULES
@@ -173,6 +174,20 @@ def check_trained_modules(args: VWLMMTrainingArguments, use_pseudo_image_feature
             raise ValueError(
                 f"Stage {args.stage} trains {path}, which learns nothing from {', '.join(objectives)}: it would stay "
                 f"as it is. Leave `{module}` out of `trains`, or choose a `visual_objective` that teaches it."
+            )
+
+
+def check_taught_modules(model: nn.Module, objectives: Mapping[str, Objective]) -> None:
+    """Raises if an objective that has to teach a module of the model teaches frozen ones alone."""
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, objective in objectives.items():
+        teaches = objective.teaches
+        is_taught = any(parameter.startswith(f"{MODULES[module]}.") for module in teaches for parameter in learning)
+        if objective.must_teach and not is_taught:
+            raise ValueError(
+                f"The objective `{name}` teaches {' and '.join(teaches)}, and all of that is frozen: nothing would "
+                "learn from it but what it trains beside the model. Name one of them in `trains` (with PEFT in "
+                "`modules_to_save`), or leave the objective out of this stage."
             )
 
 

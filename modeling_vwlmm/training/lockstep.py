@@ -40,4 +40,5 @@ def encode_no_images(model: VWLMMModel, runs_tower: bool) -> VWLMMImageFeaturesO
         image_features=[features[:0] for features in images.image_features],
         patch_features=images.patch_features[:0],
         keep_mask=None if images.keep_mask is None else images.keep_mask[:0],
+        global_features=None if images.global_features is None else images.global_features[:0],
     )

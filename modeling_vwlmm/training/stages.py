@@ -2,11 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the stages of each method train, on which loss, with which defaults. VW-LMM's: section 3.1, tables 3 and 4."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 
@@ -39,6 +40,7 @@ class Stage:
         global_batch_size: Samples of one optimiser step.
         learning_rate: Peak learning rate.
         chat_template: Template of the prompts; `None` for the processor's own.
+        objective_options: Options of objectives, by name, where a run leaves them open.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Stage:
     global_batch_size: int
     learning_rate: float
     chat_template: Literal["plain", "lavit"] | None
+    objective_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 STAGES = {
@@ -65,8 +68,18 @@ LAVIT_STAGES = {
     2: Stage("unified pre-training", (DECODER, MM_HEAD, ADAPTER), TOGETHER, (), 2048, 1e-4, "lavit"),
 }
 
+# VLSA (OpenReview RLhEGWt94S, section 4.1). Its text has no table of settings: rates and batches are LLaVA's. In stage
+# 1 a pretrained denoiser is frozen: one that trains lowers the loss by itself, and leaves the features less to learn.
+FROZEN_DENOISER = {"reconstruction": {"trains_denoiser": "if_new"}}
+RECONSTRUCTION = "reconstruction"
+VLSA_STAGES = {
+    1: Stage("alignment", (ADAPTER,), RECONSTRUCTION, (), 256, 1e-3, "plain", FROZEN_DENOISER),
+    2: Stage("alignment with the vision tower", (ADAPTER, VISION_TOWER), RECONSTRUCTION, (1,), 128, 2e-5, None),
+    3: Stage("instruction tuning", (DECODER, MM_HEAD, ADAPTER, VISION_TOWER), RECONSTRUCTION, (1, 2), 128, 2e-5, None),
+}
+
 # The table of stages that `method` names.
-METHODS: dict[str, dict[int, Stage]] = {"vw-lmm": STAGES, "lavit": LAVIT_STAGES}
+METHODS: dict[str, dict[int, Stage]] = {"vw-lmm": STAGES, "lavit": LAVIT_STAGES, "vlsa": VLSA_STAGES}
 
 
 def record_name(method: str, stage: int) -> int | str:
@@ -76,7 +89,8 @@ def record_name(method: str, stage: int) -> int | str:
 
 def set_trainable_parameters(model: PreTrainedModel, modules: int | Sequence[str]) -> None:
     """
-    Lets the parameters of modules train, and freezes every other.
+    Lets the parameters of modules train, and freezes every other. Layers of the vision tower behind those that the
+    adapter reads stay frozen: no loss depends on them, and DDP waits for the gradients of all that trains.
 
     Args:
         model (`PreTrainedModel`): The model.
@@ -90,8 +104,30 @@ def set_trainable_parameters(model: PreTrainedModel, modules: int | Sequence[str
     prefixes = ("training_modules.", *(f"{module}." for module in modules))  # and what objectives have added
     # Under all of their names: a head that is tied to the embeddings trains with either.
     parameters = list(model.named_parameters(remove_duplicate=False))
-    trained = {id(parameter) for name, parameter in parameters if name.startswith(prefixes)}
+    unread = find_unread_parameters(model)
+    trained = {id(p) for name, p in parameters if name.startswith(prefixes) and name not in unread}
     for name, parameter in parameters:
         parameter.requires_grad_(id(parameter) in trained)
         if parameter.requires_grad and parameter.dtype == torch.float16:
             raise ValueError(f"{name} would train in float16. Load the model with `dtype=torch.float32`.")
+
+
+def find_unread_parameters(model: PreTrainedModel) -> set[str]:
+    """Names of the parameters of a model's vision tower that stand behind the last layer that the adapter reads."""
+    if not hasattr(model.config, "vision_feature_layer"):  # a visual tokenizer
+        return set()
+    num_layers, read = model.config.vision_config.num_hidden_layers, model.config.vision_feature_layer
+    read = [read] if isinstance(read, int) else read
+    num_read = max(layer if layer >= 0 else num_layers + 1 + layer for layer in read)
+    tower = model.get_submodule(VISION_TOWER)
+    lists = [
+        name
+        for name, module in tower.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers
+    ]
+    if num_read >= num_layers or not lists:
+        return set()
+    # In the order in which they are read; what follows the layers, a norm or a head, does so, too.
+    names = [f"{VISION_TOWER}.{name}" for name, _ in tower.named_parameters()]
+    first = next(n for n, name in enumerate(names) if name.startswith(f"{VISION_TOWER}.{lists[0]}.{num_read}."))
+    return set(names[first:])

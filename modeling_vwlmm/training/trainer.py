@@ -3,7 +3,7 @@
 """One trainer for the four stages of VW-LMM."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -53,6 +53,7 @@ from .checks import (
     check_options,
     check_processor,
     check_stream_options,
+    check_taught_modules,
     check_trained_modules,
     restrict_all_linear,
 )
@@ -215,7 +216,8 @@ class VWLMMTrainer(SavesWholeCheckpoints, LoadsInOrder, SFTTrainer):
         self._config = base_model.config
         self._objectives, self._weights = args.get_objectives()
         # Now, so that PEFT leaves them alone, and not later, because the optimizer has to know them.
-        attach_training_modules(base_model, self._objectives, args.seed)
+        attach_training_modules(base_model, self._objectives, args.seed, base_model.config.name_or_path)
+        check_taught_modules(base_model, self._objectives)
         self._encode_no_images = partial(encode_no_images, runs_tower=self._runs_tower_without_images())
         if args.text_first_share and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
             raise ValueError(
@@ -277,6 +279,16 @@ class VWLMMTrainer(SavesWholeCheckpoints, LoadsInOrder, SFTTrainer):
     def _tower_learns(self) -> bool:
         return any(parameter.requires_grad for parameter in self._base_model.model.vision_tower.parameters())
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """See `Trainer.create_optimizer`. The vision tower is a group of its own where it has a rate of its own."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new and self.args.vision_tower_learning_rate is not None:
+            set_learning_rate(
+                optimizer, self._base_model.model.vision_tower.parameters(), self.args.vision_tower_learning_rate
+            )
+        return optimizer
+
     def _set_signature_columns_if_needed(self) -> None:
         # Private: Transformers has no public list of the columns that a collator reads.
         super()._set_signature_columns_if_needed()
@@ -322,6 +334,9 @@ class VWLMMTrainer(SavesWholeCheckpoints, LoadsInOrder, SFTTrainer):
         begun = time.perf_counter()
         batches = list(islice(epoch_iterator, num_batches))
         self._stopwatch.waited += time.perf_counter() - begun
+        for module in getattr(self._base_model, "training_modules", {}).values():
+            if hasattr(module, "set_step"):  # whose random numbers follow from it, whatever else draws some
+                module.set_step(self.state.global_step)
         counts = dict.fromkeys(self._objectives, 0)
         for batch in batches:
             if "supervised_positions" not in batch:  # from a collator of the user's own
@@ -341,7 +356,9 @@ class VWLMMTrainer(SavesWholeCheckpoints, LoadsInOrder, SFTTrainer):
                 # Before the step: its losses are means over the image tokens that are kept.
                 if "keep_mask" not in batch:
                     batch |= self._select_tokens(batch["pixel_values"].to(device))
-                batch["supervised_positions"] = leave_out_dropped(batch["supervised_positions"], batch["keep_mask"])
+                batch["supervised_positions"] = leave_out_dropped(
+                    batch["supervised_positions"], batch["keep_mask"], self._objectives
+                )
             for name, positions in batch["supervised_positions"]["by_objective"].items():
                 counts[name] += len(positions)
         if self.accelerator.num_processes > 1:
@@ -410,7 +427,7 @@ class VWLMMTrainer(SavesWholeCheckpoints, LoadsInOrder, SFTTrainer):
             **inputs,
             # Logits for a caller who asks for outputs, else for no position at all.
             logits_to_keep=0 if return_outputs else torch.empty(0, dtype=torch.long),
-            visual_objective=self.args.visual_objective,
+            visual_objective=self.args.get_visual_objective(),
             visual_loss_weight=self.args.visual_loss_weight,
             # What evaluation counts are positions of text alone.
             num_items_in_batch=num_items_in_batch if isinstance(num_items_in_batch, Mapping) else None,
@@ -551,6 +568,16 @@ class UntrainedParameters(TrainerCallback):
                 f"{shown} shall train, and no loss of this run depends on them: they stay as they are. Leave them "
                 "out, with PEFT of `target_modules` and `modules_to_save`."
             )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], rate: float) -> None:
+    """Moves parameters into groups of their own, with a learning rate of their own."""
+    moved = {id(parameter) for parameter in parameters}
+    for group in list(optimizer.param_groups):
+        own = [parameter for parameter in group["params"] if id(parameter) in moved]
+        if own:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in moved]
+            optimizer.add_param_group({**group, "params": own, "lr": rate})
 
 
 def ignore_all_positions(batch: dict[str, Any]) -> None:

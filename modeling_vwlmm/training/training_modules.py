@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Modules that objectives train beside the model's own, and that inference does without: attached, saved, loaded."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,17 +10,23 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from transformers.utils import logging
 
 from ..modeling_vwlmm import VWLMMForConditionalGeneration
 from ..objectives_vwlmm import Objective
 
+
+logger = logging.get_logger(__name__)
 
 # Beside a checkpoint. `push_to_hub` leaves out what begins like this.
 FOLDER = "_training_modules"
 
 
 def attach_training_modules(
-    model: VWLMMForConditionalGeneration, objectives: Mapping[str, Objective], seed: int = 0
+    model: VWLMMForConditionalGeneration,
+    objectives: Mapping[str, Objective],
+    seed: int = 0,
+    folder: str | Path | None = None,
 ) -> None:
     """
     Gives the model new modules that objectives train, as `model.training_modules`, before it is wrapped and the
@@ -29,6 +36,11 @@ def attach_training_modules(
         model ([`VWLMMForConditionalGeneration`]): The model.
         objectives (`Mapping[str, Objective]`): As `parse_objectives` returns them.
         seed (`int`, *optional*, defaults to 0): Seed of their weights.
+        folder (`str` or `Path`, *optional*): Checkpoint that the model comes from. Objectives that say so go on with
+            the modules that lie beside it.
+
+    Raises:
+        ValueError: If they are other modules.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -38,9 +50,26 @@ def attach_training_modules(
         del model.training_modules
     if modules:
         model.training_modules = modules.to(model.device, model.dtype)
+    for name, module in modules.items():
+        if objectives[name].continues_module and folder:
+            _continue_module(module, Path(folder, FOLDER, f"{name}.safetensors"))
     # Names, not patterns; collected when the model is made, so those of modules that come later are added here.
     ignored = {name for name in model._keys_to_ignore_on_save or () if not name.startswith("training_modules.")}
     model._keys_to_ignore_on_save = ignored | {f"training_modules.{name}" for name in modules.state_dict()}
+
+
+def _continue_module(module: nn.Module, file: Path) -> None:
+    if not file.exists():
+        return
+    saved, own = load_file(file), module.state_dict()
+    unfit = [name for name, value in saved.items() if name not in own or own[name].shape != value.shape]
+    if unfit:
+        raise ValueError(
+            f"{file} is of another module than this run trains: {unfit[0]} {tuple(saved[unfit[0]].shape)} has no "
+            "place in it. Go on with the options that the earlier run had, or remove the file to begin anew."
+        )
+    module.load_state_dict(saved, strict=False)  # what was frozen is not in it
+    logger.info(f"Goes on with {file}.")
 
 
 def save_training_modules(
@@ -65,6 +94,8 @@ def save_training_modules(
         file = Path(folder, FOLDER, f"{name}.safetensors")
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, file)
+        if hasattr(module, "options"):  # for who makes it again
+            file.with_suffix(".json").write_text(json.dumps(module.options, indent=1))
 
 
 def load_training_modules(model: VWLMMForConditionalGeneration, folder: str | Path) -> None:

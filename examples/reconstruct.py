@@ -1,0 +1,126 @@
+"""
+What image features know of an image: the image itself, what the VAE keeps of it, and what the denoiser of the
+objective `reconstruction` draws from the image features alone, side by side, one image a row.
+
+    python examples/reconstruct.py runs/vlsa/stage2 cat.jpg dog.jpg -o picture.png
+
+VAE and denoiser are those that the checkpoint was trained with. `--vae` and `--denoiser` say where they are now.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from modeling_vwlmm import VWLMMForConditionalGeneration
+from modeling_vwlmm.objectives_vwlmm import find_image_rows, parse_objectives
+from modeling_vwlmm.training import attach_training_modules
+from modeling_vwlmm.training.reconstruction import Reconstructor, get_conditions, to_vae_pixels
+from modeling_vwlmm.training.training_modules import FOLDER
+from processing_vwlmm import VWLMMProcessor
+
+
+GAP = 4  # pixels between images
+
+
+def load(checkpoint: str, **changes: str | None) -> tuple[VWLMMForConditionalGeneration, VWLMMProcessor]:
+    """
+    A model with what it was trained to reconstruct images with, and its processor.
+
+    Args:
+        checkpoint (`str`): Folder of a checkpoint.
+        changes (`str`, *optional*): Options of the objective in place of those of the training.
+
+    Raises:
+        FileNotFoundError: If the checkpoint was not trained to reconstruct.
+    """
+    file = Path(checkpoint, FOLDER, "reconstruction.json")
+    if not file.exists():
+        raise FileNotFoundError(
+            f"{checkpoint} has no {FOLDER}/{file.name}: it was not trained with the objective `reconstruction`, or it "
+            "comes from the Hub, where that folder is left out. Give the folder that the training wrote."
+        )
+    options = json.loads(file.read_text()) | {name: value for name, value in changes.items() if value is not None}
+    model = VWLMMForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
+    objectives, _ = parse_objectives({"reconstruction": {**options, "trains_denoiser": True}}, has_labels=False)
+    attach_training_modules(model, objectives, folder=checkpoint)
+    return model.eval(), VWLMMProcessor.from_pretrained(checkpoint)
+
+
+@torch.inference_mode()
+def reconstruct(
+    model: VWLMMForConditionalGeneration,
+    processor: VWLMMProcessor,
+    images: list[Image.Image],
+    num_steps: int = 28,
+    seed: int = 0,
+) -> torch.Tensor:
+    """
+    Images, the VAE's copies of them, and what the denoiser draws from their features.
+
+    Args:
+        model, processor: As [`load`] returns them.
+        images (`list[PIL.Image.Image]`): The images.
+        num_steps (`int`, *optional*, defaults to 28): Steps of Euler's method from noise to the image.
+        seed (`int`, *optional*, defaults to 0): Seed of the noise.
+
+    Returns:
+        `torch.Tensor` of shape `[I, 3 kinds, 3, size, size]`, from -1 to 1.
+    """
+    reconstructor: Reconstructor = model.training_modules["reconstruction"]
+    inputs = processor(
+        images=images, text=[processor.image_token] * len(images), padding=True, return_tensors="pt"
+    ).to(model.device)
+    inputs = {name: inputs[name] for name in ("pixel_values", "patch_boxes") if name in inputs}
+    outputs = model.model.get_image_features(**inputs)
+    conditions = get_conditions(outputs)
+    rows = find_image_rows(inputs["pixel_values"], inputs.get("patch_boxes"))  # [I]
+    mean, std = processor.image_processor.image_mean, processor.image_processor.image_std
+    pixels = to_vae_pixels(inputs["pixel_values"][rows], mean, std, reconstructor.size)  # [I, 3, size, size]
+    copies = reconstructor.decode(reconstructor.encode(pixels))
+
+    generator = torch.Generator().manual_seed(seed)
+    z_t = torch.randn(len(rows), *reconstructor.get_latent_shape(), generator=generator).to(pixels.device)
+    sigmas = torch.linspace(1, 0, num_steps + 1).tolist()
+    for sigma, following in tqdm(zip(sigmas, sigmas[1:], strict=False), total=num_steps, desc="Drawing", unit="step"):
+        shares = z_t.new_full((len(z_t),), sigma)  # [I]
+        z_t = z_t + (following - sigma) * reconstructor.denoise(z_t, shares, *conditions)
+    return torch.stack([pixels, copies, reconstructor.decode(z_t)], dim=1)
+
+
+def draw(pictures: torch.Tensor) -> Image.Image:
+    """One picture of all, `[rows, columns, 3, size, size]` from -1 to 1."""
+    num_rows, num_columns, _, size, _ = pictures.shape
+    canvas = np.full((num_rows * (size + GAP) - GAP, num_columns * (size + GAP) - GAP, 3), 255, dtype=np.uint8)
+    values = ((pictures + 1) * 127.5).round().clamp(0, 255).byte().movedim(2, -1).cpu().numpy()
+    for row in range(num_rows):
+        for column in range(num_columns):
+            y, x = row * (size + GAP), column * (size + GAP)
+            canvas[y : y + size, x : x + size] = values[row, column]
+    return Image.fromarray(canvas)
+
+
+def main(args: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="folder of a checkpoint that was trained with `reconstruction`")
+    parser.add_argument("images", nargs="+", help="image files")
+    parser.add_argument("-o", "--output", default="reconstructed.png", help="picture to write")
+    parser.add_argument("--vae", help="path or name of the VAE, if it has moved")
+    parser.add_argument("--denoiser", help="path or name of the pretrained denoiser, if it has moved")
+    parser.add_argument("--steps", type=int, default=28, help="steps from noise to image")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args(args)
+    model, processor = load(options.checkpoint, vae=options.vae, denoiser=options.denoiser)
+    images = [Image.open(file).convert("RGB") for file in options.images]
+    pictures = reconstruct(model.to(options.device), processor, images, options.steps, options.seed)
+    draw(pictures).save(options.output)
+    print(f"{options.output}: {len(images)} rows of original, VAE, and what is drawn from the image features")
+
+
+if __name__ == "__main__":
+    main()
