@@ -11,6 +11,8 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +20,9 @@ import torch
 from conftest import make_image
 from PIL import ExifTags, Image
 from test_hub import WITHOUT_PACKAGE
+
+from modeling_vwlmm import VWLMMForConditionalGeneration
+from processing_vwlmm import VWLMMProcessor
 
 
 openai = pytest.importorskip("openai")
@@ -27,18 +32,20 @@ pytest.importorskip("uvicorn")
 QUESTION = "What is in the image?"
 
 
-@pytest.fixture(scope="module")
-def client(vicuna, tmp_path_factory):
+@contextlib.contextmanager
+def serve(checkpoint: str, folder: Path) -> Iterator[openai.OpenAI]:
+    """A client of a server of this checkpoint, which keeps its log and its code in `folder`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    folder = tmp_path_factory.mktemp("serve")
-    serve = [sys.executable, "-c", WITHOUT_PACKAGE + "from transformers.cli.transformers import main; main()", "serve"]
+    command = [sys.executable, "-c", WITHOUT_PACKAGE + "from transformers.cli.transformers import main; main()"]
     options = ["--trust-remote-code", "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
     environment = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules")}
     with (
         open(folder / "log", "w+") as log,
-        subprocess.Popen([*serve, vicuna, *options], cwd=folder, stdout=log, stderr=log, env=environment) as server,
+        subprocess.Popen(
+            [*command, "serve", checkpoint, *options], cwd=folder, stdout=log, stderr=log, env=environment
+        ) as server,
     ):
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
         try:
@@ -51,6 +58,12 @@ def client(vicuna, tmp_path_factory):
             yield client
         finally:
             server.terminate()
+
+
+@pytest.fixture(scope="module")
+def client(vicuna, tmp_path_factory):
+    with serve(vicuna, tmp_path_factory.mktemp("serve")) as client:
+        yield client
 
 
 def ask(client, model: str, *images, question: str = QUESTION, **options) -> str:
@@ -111,3 +124,11 @@ def test_control_tokens_are_text(client, vicuna, model, processor):
 
 def test_answers_to_text_alone(client, vicuna, model, processor):
     assert ask(client, vicuna) == generate(model, processor)
+
+
+def test_images_of_several_resolutions(perceiving, tmp_path):
+    """Of four patches and of one, for VLSA's adapter."""
+    images = [make_image(1).resize((90, 70)), make_image(5).resize((20, 28))]
+    model, processor = (cls.from_pretrained(perceiving) for cls in (VWLMMForConditionalGeneration, VWLMMProcessor))
+    with serve(perceiving, tmp_path) as client:
+        assert ask(client, perceiving, *images) == generate(model, processor, *reversed(images))
