@@ -21,7 +21,7 @@ from ..adapters_vwlmm import to_dtype_of
 
 
 # How diffusers is installed.
-EXTRA = "pip install 'vwlmm[vlsa]'"
+EXTRA = "pip install 'diffusers>=0.42'"
 
 
 class AdaLNBlock(nn.Module):
