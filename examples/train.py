@@ -75,6 +75,9 @@ class ScriptArguments:
     use_pseudo_image_features: bool | None = field(
         default=None, metadata={"help": "Whether the decoder reads pseudo image features. By default as before."}
     )
+    visual_word_temperature: float | None = field(
+        default=None, metadata={"help": "Temperature of the visual words that stage IV learns. By default as before."}
+    )
     check: bool = field(
         default=False, metadata={"help": "A dry run: print what the recipe makes of its data, and train nothing."}
     )
@@ -207,8 +210,9 @@ def main(args: list[str] | None = None) -> None:
     dataset = load_data(script_args, training_args.seed)
     training_args.check_columns(dataset)  # before any weight is loaded
     model, processor = load_model(script_args, training_args, model_args)
-    if script_args.use_pseudo_image_features is not None:
-        model.config.use_pseudo_image_features = script_args.use_pseudo_image_features
+    for name in ("use_pseudo_image_features", "visual_word_temperature"):
+        if getattr(script_args, name) is not None:
+            setattr(model.config, name, getattr(script_args, name))
 
     trainer = VWLMMTrainer(
         model=model,

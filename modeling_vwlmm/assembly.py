@@ -43,7 +43,15 @@ from .visual_words_vwlmm import VMHead
 # Fields of LLaVA's config.json that say what a checkpoint is, and are not passed on to another architecture.
 NOT_OF_VWLMM = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path")
 # Fields of ours that LLaVA has no place for.
-NOT_OF_LLAVA = ("adapter", "adapter_config", "trained_stages", "use_pseudo_image_features", *NOT_OF_VWLMM)
+NOT_OF_LLAVA = (
+    "adapter",
+    "adapter_config",
+    "trained_stages",
+    "use_pseudo_image_features",
+    "visual_word_temperature",
+    "pseudo_image_feature_temperature",
+    *NOT_OF_VWLMM,
+)
 # What readers of weights raise for a file that is cut off, or none of theirs.
 UNREADABLE = (UnpicklingError, SafetensorError, RuntimeError, EOFError, IndexError, OSError, struct.error)
 # What says where a checkpoint is, for all of its files.

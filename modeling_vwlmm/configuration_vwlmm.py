@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configurations of the model and of the visual tokenizer."""
 
+import math
 import os
 from typing import Any, Literal
 
@@ -172,6 +173,11 @@ class VWLMMConfig(LlavaConfig):
         use_pseudo_image_features (`bool`, *optional*, defaults to `False`):
             Whether the decoder reads pseudo image features (section 2.3 of the paper, equation 8) in place of image
             features.
+        visual_word_temperature (`float`, *optional*, defaults to 1.0):
+            `T` of the visual words `softmax(W_VM x / T)` that stage IV's decoder learns to predict, and that
+            `get_visual_words` returns. 1.0 is the paper's; below it they are sharper.
+        pseudo_image_feature_temperature (`float`, *optional*, defaults to 1.0):
+            The same of the visual words that pseudo image features are made of.
         trained_stages (`list[int | str]`, *optional*, defaults to `[]`):
             The training stages that have ended behind these weights, in order, with repeats. Written by
             [`VWLMMTrainer`].
@@ -197,6 +203,8 @@ class VWLMMConfig(LlavaConfig):
     adapter: str = "mlp"
     adapter_config: dict | None = None
     use_pseudo_image_features: bool = False
+    visual_word_temperature: float = 1.0
+    pseudo_image_feature_temperature: float = 1.0
     trained_stages: list[int | str] | None = None
     visual_tokenizer_config: dict | PreTrainedConfig | None = None
     image_start_token_id: int | None = None
@@ -228,6 +236,12 @@ class VWLMMConfig(LlavaConfig):
                     f"The codebook has {tokenizer.num_codes} codes from id {self.code_offset} on, and the decoder "
                     f"{self.text_config.vocab_size} tokens; expected a row of the decoder for each code. Resize the "
                     "decoder's embeddings, or load the tokenizer that it was trained with."
+                )
+        for name in ("visual_word_temperature", "pseudo_image_feature_temperature"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)}; expected a finite number above 0. For the most probable word "
+                    "alone, as T goes to 0, let stage IV learn `token_labels` of `get_visual_words`."
                 )
         if self.image_token_index is None:
             self.image_token_index = self.text_config.vocab_size

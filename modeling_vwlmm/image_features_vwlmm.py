@@ -158,6 +158,7 @@ class EncodesImages:
 
     def _pseudo_image_features(self, image_features: torch.Tensor) -> torch.Tensor:
         embeddings = self.get_vocabulary_embeddings(image_features.device)  # [C, D]
+        image_features = image_features / self.config.pseudo_image_feature_temperature
         if not isinstance(self.vm_head, VMHead):  # but a layer of vLLM's or PEFT's, which takes no embeddings
             return get_distribution(self.vm_head, image_features).to(embeddings) @ embeddings
         return self.vm_head(image_features, embeddings)  # [I * N, D]

@@ -240,7 +240,10 @@ class Language(Objective):
 
 
 class VisualWords(Objective):
-    """Stage IV, `KL(P' ‖ Q)`: the decoder predicts the visual words (equation 6 of the paper)."""
+    """
+    Stage IV, `KL(P' ‖ Q)`: the decoder predicts the visual words (equation 6 of the paper), at
+    `config.visual_word_temperature`.
+    """
 
     name = "visual_words"
 
@@ -254,7 +257,8 @@ class VisualWords(Objective):
         return HeadRows(
             inputs.model.lm_head.weight,
             inputs.hidden_before(positions),
-            teacher=inputs.image_features_at(positions).detach(),
+            # The head has no bias: its logits are divided by T where its inputs are.
+            teacher=inputs.image_features_at(positions).detach() / inputs.model.config.visual_word_temperature,
             teacher_head=inputs.model.model.vm_head.weight,
             teacher_entropy="visual_word_entropy",
         )

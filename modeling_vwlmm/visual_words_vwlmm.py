@@ -46,9 +46,9 @@ class VMHead(nn.Linear):
         return visual_words.to(embeddings) @ embeddings  # [R, D]
 
 
-def get_distribution(vm_head: nn.Module, image_features: torch.Tensor) -> torch.Tensor:
+def get_distribution(vm_head: nn.Module, image_features: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """The visual words `P'` of image features `[..., D]`, in fp32: `[..., C]`."""
-    return vm_head(image_features).softmax(dim=-1, dtype=torch.float32)
+    return vm_head(image_features / temperature).softmax(dim=-1, dtype=torch.float32)
 
 
 class WithVisualWords:
@@ -59,7 +59,8 @@ class WithVisualWords:
         self, pixel_values: torch.Tensor, top_k: int = 1, patch_boxes: torch.Tensor | None = None
     ) -> VisualWordsOutput:
         """
-        The most probable visual words of every image token, `argmax softmax(W_VM x)` (section 4.2).
+        The most probable visual words of every image token, `argmax softmax(W_VM x)` (section 4.2), with their
+        probabilities at `config.visual_word_temperature`.
 
         Args:
             pixel_values (`torch.Tensor` of shape `[I, 3, H, W]`): Preprocessed images.
@@ -71,9 +72,10 @@ class WithVisualWords:
         """
         images = self.get_image_features(pixel_values, patch_boxes=patch_boxes)
         image_features = torch.stack(images.image_features)  # [I, N, D]
-        vm_head = self.base_model.vm_head
+        vm_head, temperature = self.base_model.vm_head, self.config.visual_word_temperature
         # One image at a time: a distribution over the vocabulary is large.
-        top = [get_distribution(vm_head, features).topk(top_k) for features in image_features]  # I x [N, top_k]
+        words = (get_distribution(vm_head, features, temperature) for features in image_features)  # I x [N, C]
+        top = [distribution.topk(top_k) for distribution in words]  # I x [N, top_k]
         return VisualWordsOutput(
             token_ids=torch.stack([words.indices for words in top]),
             probabilities=torch.stack([words.values for words in top]),

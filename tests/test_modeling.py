@@ -199,6 +199,28 @@ class TestVisualLoss:
         assert_close(output.loss, output.language_loss + output.visual_loss)
         assert_close(output.visual_word_entropy.double(), -(log_p.exp() * log_p).sum(-1).mean(), atol=1e-6, rtol=1e-5)
 
+    @pytest.mark.parametrize("temperature", [0.25, 4.0])
+    def test_temperature_is_of_the_target_alone(self, model, batch, temperature):
+        log_q, log_p = self.by_hand(model, batch)
+        log_p = (log_p / temperature).log_softmax(-1)
+        model.config.visual_word_temperature = temperature
+        output = model(**batch, visual_objective="visual_words")
+        expected = F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+        assert_close(output.visual_loss.double(), expected, atol=1e-6, rtol=1e-5)
+        assert_close(output.visual_word_entropy.double(), -(log_p.exp() * log_p).sum(-1).mean(), atol=1e-6, rtol=1e-5)
+        stage_3 = model(**batch, visual_objective="vm_head").visual_loss
+        model.config.visual_word_temperature = 1.0
+        assert_close(model(**batch, visual_objective="vm_head").visual_loss, stage_3)
+
+    def test_sharp_targets_become_the_most_probable_word(self, model, batch):
+        with torch.no_grad():
+            model.model.vm_head.weight.mul_(100)  # so that no two words are almost equally probable
+        words = model.get_visual_words(batch["pixel_values"]).token_ids[..., 0]  # [I, N]
+        hard = model(**batch, visual_objective="token_labels", image_labels=words)
+        model.config.visual_word_temperature = 1e-3
+        sharp = model(**batch, visual_objective="visual_words")
+        assert_close(sharp.visual_loss, hard.losses["token_labels"], atol=1e-3, rtol=1e-3)
+
     def test_stage_3_is_the_divergence_of_the_visual_words_from_the_prediction(self, model, batch):
         log_q, log_p = self.by_hand(model, batch)
         expected = F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")  # KL(Q || P')
@@ -474,6 +496,22 @@ class TestVisualWords:
             softmax = model.model.vm_head(features).softmax(-1)  # [I, N, C]
         assert_close(words.probabilities, softmax.sort(-1, descending=True).values[..., :5])
         assert_close(softmax.gather(-1, words.token_ids), words.probabilities)
+
+    def test_temperature(self, model, batch):
+        words = model.get_visual_words(batch["pixel_values"], top_k=480)
+        model.config.visual_word_temperature = 0.5
+        sharp = model.get_visual_words(batch["pixel_values"], top_k=480)
+        expected = words.probabilities.square() / words.probabilities.square().sum(dim=-1, keepdim=True)
+        assert_close(sharp.probabilities, expected)
+        # Pseudo image features have a temperature of their own.
+        model.config.use_pseudo_image_features = True
+        read = torch.stack(model.get_image_features(batch["pixel_values"]).pooler_output)  # [I, N, D]
+        model.config.pseudo_image_feature_temperature = 0.5
+        sharp_read = torch.stack(model.get_image_features(batch["pixel_values"]).pooler_output)
+        embeddings = model.get_input_embeddings().weight[:480]
+        for found, distribution in ((read, words), (sharp_read, sharp)):
+            mixed = (distribution.probabilities.unsqueeze(-1) * embeddings[distribution.token_ids]).sum(dim=-2)
+            assert_close(found, mixed)
 
     def test_one_word_by_default_and_every_word_on_request(self, model, batch):
         assert model.get_visual_words(batch["pixel_values"]).token_ids.shape == (3, N, 1)
@@ -800,6 +838,12 @@ class TestResizeTokenEmbeddings:
 
 
 class TestConfig:
+    @pytest.mark.parametrize("name", ["visual_word_temperature", "pseudo_image_feature_temperature"])
+    @pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
+    def test_temperature_that_is_none(self, name, value):
+        with pytest.raises(ValueError, match=f"`{name}` is {value}; expected a finite number above 0"):
+            VWLMMConfig(**{name: value})
+
     def test_placeholder_is_one_past_the_vocabulary(self):
         assert VWLMMConfig().image_token_id == VWLMMConfig().text_config.vocab_size == 32000
 

@@ -771,7 +771,9 @@ class TestRefused:
 
     def test_missing_diffusers(self, make_trainer, monkeypatch):
         monkeypatch.setitem(sys.modules, "diffusers", None)
-        with pytest.raises(ImportError, match=r"`reconstruction` needs diffusers 0.42 .*pip install 'diffusers>=0.42'"):
+        with pytest.raises(
+            ImportError, match=r"`reconstruction` needs diffusers 0.42 .*pip install 'diffusers>=0.42'"
+        ):
             make_trainer({"vae": "somewhere"})
 
     @has_diffusers
