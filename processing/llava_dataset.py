@@ -71,7 +71,8 @@ def load_llava_dataset(
 
     As in LLaVA, the one `<image>` of a human turn moves to its front, and a conversation's leading gpt turn is
     dropped, as is a human turn at its end, on which there is nothing to learn. Several `<image>` in one turn stay
-    where they are. In a gpt or system turn `<image>` is text.
+    where they are. In a gpt or system turn `<image>` is text. A record with images may have one human turn and no
+    answer: for the objectives that learn from images alone.
 
     Args:
         json_file (`str` or `os.PathLike`): The JSON file.
@@ -297,7 +298,7 @@ def _row(index: int, record: Any, image_folder: Path) -> dict[str, Any]:
                 "all images."
             )
 
-    messages = _messages(index, record.get("conversations"))
+    messages = _messages(index, record.get("conversations"), len(images))
     markers = sum(part["type"] == "image" for message in messages for part in message["content"])
     if markers != len(images):
         raise ValueError(
@@ -342,7 +343,7 @@ def _is_label(label: Any) -> bool:
     return type(label) is str and label != "" and not NUMBER.fullmatch(label) and not SURROGATE.search(label)
 
 
-def _messages(index: int, conversations: Any) -> list[dict[str, Any]]:
+def _messages(index: int, conversations: Any, num_images: int) -> list[dict[str, Any]]:
     if not isinstance(conversations, list) or not conversations:
         raise _malformed(index, "conversations", conversations, "a list of turns")
     for number, turn in enumerate(conversations):
@@ -362,7 +363,8 @@ def _messages(index: int, conversations: Any) -> list[dict[str, Any]]:
         messages.append({"role": "system", "content": [_text(turns.pop(0)[1]["value"])]})
     if turns and turns[0][1]["from"] == "gpt":  # an answer to nothing
         turns.pop(0)
-    if turns and turns[-1][1]["from"] == "human":  # a question that nothing answers
+    shows_image = num_images > 0 and len(turns) == 1  # which some objectives learn from without an answer
+    if turns and turns[-1][1]["from"] == "human" and not shows_image:  # a question that nothing answers
         turns.pop()
     for position, (number, turn) in enumerate(turns):
         expected = ("human", "gpt")[position % 2]
@@ -372,7 +374,7 @@ def _messages(index: int, conversations: Any) -> list[dict[str, Any]]:
             )
         content = _human_content(turn["value"]) if expected == "human" else [_text(turn["value"])]
         messages.append({"role": ROLES[expected], "content": content})
-    if not turns or turns[-1][1]["from"] != "gpt":
+    if not turns or (turns[-1][1]["from"] != "gpt" and not shows_image):
         raise ValueError(
             f"record {index}: 'conversations' has no human turn with a gpt turn behind it, expected both in turn."
         )

@@ -1043,3 +1043,35 @@ def test_lora_trains_the_adapters_alone(make_trainer, model):
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert logs(trainer)[0]["visual_loss"] > 0
     assert any(p.abs().max() > 0 for name, p in trainer.model.named_parameters() if "lora_B" in name)
+
+
+class TestImagesWithoutText:
+    @pytest.fixture
+    def images(self):
+        message = {"role": "user", "content": [{"type": "image", "text": None}]}
+        return [{"id": f"image {i}", "messages": [message], "images": [make_image(i)]} for i in range(4)]
+
+    @pytest.mark.parametrize("stage, objective", [(3, "vm_head"), (4, "visual_words"), (4, "features")])
+    def test_objectives_of_images_learn(self, model, processor, images, tmp_path, stage, objective):
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        options = {**BY_HAND, "per_device_train_batch_size": 4, "global_batch_size": 4}
+        args = VWLMMTrainingArguments(str(tmp_path), stage=stage, visual_objective=objective, **options)
+        data = datasets.Dataset.from_list(images)
+        trainer = VWLMMTrainer(model=model, args=args, train_dataset=data, processing_class=processor)
+        trainer.train()
+        entry = next(entry for entry in trainer.state.log_history if f"{objective}_loss" in entry)
+        assert entry.get("num_text_positions", 0) == 0 < entry["num_image_positions"]
+        assert_close(entry["loss"], entry[f"{objective}_loss"])
+        learned = "model.vm_head.weight" if stage == 3 else "model.language_model.layers.0.mlp.up_proj.weight"
+        assert not torch.equal(model.state_dict()[learned], before[learned])
+
+    def test_a_run_that_learns_answers_alone_refuses_them(self, model, processor, images, tmp_path):
+        args = VWLMMTrainingArguments(
+            str(tmp_path), stage=2, **{**BY_HAND, "per_device_train_batch_size": 4, "global_batch_size": 4}
+        )
+        data = datasets.Dataset.from_list(images)
+        trainer = VWLMMTrainer(model=model, args=args, train_dataset=data, processing_class=processor)
+        with pytest.raises(
+            ValueError, match="Sample 'image [0-3]': It has no answer, and this run learns answers alone"
+        ):
+            trainer.train()

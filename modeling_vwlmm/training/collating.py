@@ -109,10 +109,19 @@ class VWLMMDataCollator(DataCollatorForVisionLanguageModeling):
     def _collate(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         for example in examples:
             check_sample(example)
+            self._check_teaches(example)
         batch = super().torch_call(examples)
         for objective in self.objectives.values():
             batch |= objective.collate(examples, self.processor, self.image_seq_length)
         return batch
+
+    def _check_teaches(self, example: dict[str, Any]) -> None:
+        roles = {message["role"] for message in example.get("messages") or []}
+        if self.assistant_only_loss and roles and "assistant" not in roles and [*self.objectives] == ["language"]:
+            raise ValueError(
+                "It has no answer, and this run learns answers alone. Leave it out, or train it in a stage with an "
+                "objective that learns from images, such as `visual_words`."
+            )
 
 
 def _is_image_alone(content: str | list[dict[str, Any]]) -> bool:
