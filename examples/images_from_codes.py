@@ -180,7 +180,8 @@ def load_pipeline(name: str) -> Any:
             f"`--pipeline` needs diffusers, and it cannot be imported: {error}. Install it with `{EXTRA}`, on Python "
             "3.11 or later."
         ) from error
-    scheduler = diffusers.SchedulerMixin.load_config(name, subfolder="scheduler")
+    # Only to read what its class is.
+    scheduler = diffusers.EulerDiscreteScheduler.load_config(name, subfolder="scheduler")
     return diffusers.StableDiffusionXLPipeline(
         vae=diffusers.AutoencoderKL.from_pretrained(name, subfolder="vae"),
         unet=diffusers.UNet2DConditionModel.from_pretrained(name, subfolder="unet"),
