@@ -121,7 +121,8 @@ def test_pair(request, tokenizer, samples, tmp_path, adapter, name):
     )
 
     def make_trainer():
-        return VWLMMTrainer(model=model, args=args, train_dataset=samples, processing_class=make_processor(tokenizer, model.config))
+        processor = make_processor(tokenizer, model.config)
+        return VWLMMTrainer(model=model, args=args, train_dataset=samples, processing_class=processor)
 
     said = TABLE[adapter, name]
     if said in REFUSALS:

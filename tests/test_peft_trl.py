@@ -91,7 +91,9 @@ def preferences() -> datasets.Dataset:
 
 
 def load_example(name: str):
-    """A script of `examples/` as a module."""
+    """A script of `examples/` as a module. Scripts import each other."""
+    if str(EXAMPLES) not in sys.path:
+        sys.path.insert(0, str(EXAMPLES))
     spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
