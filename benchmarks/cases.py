@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 
 if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration
+    from transformers import CLIPVisionConfig, LlavaForConditionalGeneration
 
     from modeling_vwlmm import VWLMMForConditionalGeneration
 
@@ -26,6 +26,12 @@ LOSS_SIZES = {"small": (288, 256, 8000), "full": (1152, 1024, 32000), "7b": (921
 WIDE_HIDDEN_SIZE = {"small": 1024, "full": 4096, "7b": 4096}
 # layers, hidden size, vocabulary, patches a side, text tokens
 MODEL_SIZES = {"small": (2, 256, 8000, 12, 24), "full": (8, 512, 32000, 24, 72)}
+# hidden size, layers, heads, patches a side: "full" is CLIP's ViT-L/14 at 336 pixels
+TOWER_SIZES = {"small": (128, 4, 4, 12), "full": (1024, 24, 16, 24)}
+# widths of the VAE's levels, its channels of a latent: "full" is Stable Diffusion 3's
+VAE_SIZES = {"small": ((8, 8, 8), 4), "full": ((128, 256, 512, 512), 16)}
+# (y0, x0, y1, x1) of a snapshot and of the four patches of a square image, in the snapshot's unit square
+BOXES = ((0, 0, 0, 0), (0, 0, 0.5, 0.5), (0, 0.5, 0.5, 1), (0.5, 0, 1, 0.5), (0.5, 0.5, 1, 1))
 
 
 def device() -> torch.device:
@@ -441,6 +447,131 @@ def trainer_step(size: str, ours: bool, compact: bool = False, **settings: Any) 
     return step
 
 
+# ----------------------------------------------------------------------------------------------------- high resolution
+
+
+def tower_config(size: str, num_layers: int | None = None) -> "CLIPVisionConfig":
+    from transformers import CLIPVisionConfig
+
+    hidden_size, layers, heads, side = TOWER_SIZES[size]
+    return CLIPVisionConfig(
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
+        num_hidden_layers=num_layers or layers,
+        num_attention_heads=heads,
+        image_size=14 * side,
+        patch_size=14,
+    )
+
+
+def tower_step(size: str, with_perceiver: bool) -> Step:
+    """The vision tower on a snapshot and its four patches; with the SA-Perceiver, which makes one image of them."""
+    from transformers import CLIPVisionModel
+
+    from modeling_vwlmm import VWLMMConfig
+    from modeling_vwlmm.adapters_vwlmm import SAPerceiver
+    from modeling_vwlmm.patches_vwlmm import split_patches
+    from modeling_vwlmm.vision_vwlmm import run_vision_tower
+
+    torch.manual_seed(0)
+    config = VWLMMConfig(vision_config=tower_config(size))
+    hidden_size, _, _, side = TOWER_SIZES[size]
+    tower = CLIPVisionModel(config.vision_config).to(device()).eval()
+    perceiver = SAPerceiver(hidden_size, side=side).to(device())
+    pixel_values = torch.randn(len(BOXES), 3, 14 * side, 14 * side, device=device())
+    boxes = torch.tensor(BOXES, device=device())
+
+    @torch.inference_mode()
+    def step() -> None:
+        features, _ = run_vision_tower(tower, config, pixel_values)  # [5, N, W]
+        if with_perceiver:
+            snapshots, patches = split_patches(features, boxes)
+            perceiver(snapshots, patches.features, patches.boxes, patches.num_patches)
+
+    return step
+
+
+def alignment_step(size: str, perceives: bool, checkpoints: bool) -> Step:
+    """
+    A step of stage I, its update included, on two images of five crops each: VLSA's, with reconstruction by the
+    denoiser `per_token`, or LLaVA-NeXT's layout, in which the decoder reads every crop's tokens. The loss is the same
+    code in both. The tower, which is frozen and keeps nothing, has two layers.
+    """
+    from transformers import LlamaConfig
+
+    from modeling_vwlmm import VWLMMConfig, VWLMMForConditionalGeneration
+    from modeling_vwlmm.objectives_vwlmm import find_supervised_positions, parse_objectives
+    from modeling_vwlmm.training import attach_training_modules
+    from modeling_vwlmm.training.trainer import set_trainable_parameters
+
+    torch.manual_seed(0)
+    layers, hidden_size, vocab_size, _, num_text = MODEL_SIZES[size]
+    side = TOWER_SIZES[size][3]
+    text = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=hidden_size * 8 // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        max_position_embeddings=4096,
+    )
+    adapter = "sa_perceiver" if perceives else "mlp"
+    vision = tower_config(size, num_layers=2)
+    config = VWLMMConfig(vision_config=vision, text_config=text, image_seq_length=side**2, adapter=adapter)
+    model = VWLMMForConditionalGeneration(config).to(device())
+    num_images, num_crops = 2, len(BOXES)
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(3, vocab_size, (num_images, num_text), generator=generator)
+    image = torch.full((num_images, side**2 * (1 if perceives else num_crops)), vocab_size)
+    input_ids = torch.cat([words[:, :2], image, words[:, 2:]], dim=1)  # [B, L]
+    batch = {
+        "input_ids": input_ids,
+        "labels": input_ids.masked_fill(input_ids == vocab_size, -100),
+        "attention_mask": torch.ones_like(input_ids),
+        "pixel_values": torch.randn(num_images * num_crops, 3, 14 * side, 14 * side, generator=generator),
+    }
+    if perceives:
+        batch["patch_boxes"] = torch.tensor(BOXES * num_images)
+    batch = {name: tensor.to(device()) for name, tensor in batch.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        objective = {"reconstruction": {"vae": make_vae(size, folder), "weight": 1.0}} if perceives else {}
+        objectives, _ = parse_objectives(objective)
+        attach_training_modules(model, objectives)
+    if perceives:
+        batch |= {"image_seeds": [0, 1], "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    batch["supervised_positions"] = find_supervised_positions(objectives, batch, vocab_size)  # as a collator does
+    set_trainable_parameters(model, 1)
+    model.train()
+    if checkpoints:
+        model.activation_checkpointing_enable()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+
+    def step() -> None:
+        model(**batch, visual_objective=objective, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def make_vae(size: str, folder: str) -> str:
+    """Saves a random VAE, and returns where."""
+    from diffusers import AutoencoderKL
+
+    widths, channels = VAE_SIZES[size]
+    AutoencoderKL(
+        block_out_channels=widths,
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        layers_per_block=2,
+        latent_channels=channels,
+        norm_num_groups=min(widths[0], 32),
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).save_pretrained(folder)
+    return folder
+
+
 # ----------------------------------------------------------------------------------------------------------- inference
 
 
@@ -513,6 +644,12 @@ CASES: dict[str, Callable[[str], Step]] = {
     "scale": scaled_kl(1, 1),
     "scale, positions": scaled_kl(8, 1),
     "scale, vocabulary": scaled_kl(1, 4),
+    "tower and perceiver": lambda size: tower_step(size, True),
+    "tower": lambda size: tower_step(size, False),
+    "vlsa": lambda size: alignment_step(size, True, False),
+    "any-res": lambda size: alignment_step(size, False, False),
+    "vlsa checkpointed": lambda size: alignment_step(size, True, True),
+    "any-res checkpointed": lambda size: alignment_step(size, False, True),
     "prefill": lambda size: generation_step(size, 1, True),
     "prefill llava": lambda size: generation_step(size, 1, False),
     "decode": lambda size: generation_step(size, 32, True),

@@ -7,6 +7,7 @@ Measures this implementation against its alternatives and against floors, side b
     python benchmarks/run.py --size small           # a quick look
     python benchmarks/run.py --only TRL             # comparisons whose name contains this
     python benchmarks/run.py --only packed          # whether packing pays on this machine
+    python benchmarks/run.py --only any-res         # VLSA's memory; needs diffusers (the extra `vlsa`)
     python benchmarks/run.py --size 7b --only kl    # on a CUDA machine
 
 Time is the median ratio of pairs of steps: both sides take turns in one process. On a CPU it is processor time on one
@@ -65,6 +66,11 @@ COMPARISONS = (
     Comparison("image positions x 8", "scale, positions", "scale", 8 * 1.1, gradient="hidden states"),
     Comparison("vocabulary x 4", "scale, vocabulary", "scale", 4 * 1.1, gradient="head"),
     Comparison("bf16 head gradient by tiles, not at once", "bf16 head by tiles", "bf16 head at once", 1.05, 0.60),
+    Comparison("tower and SA-Perceiver against tower", "tower and perceiver", "tower", 1.05),
+    Comparison("VLSA's stage I step against any-res", "vlsa", "any-res", memory=1.0),
+    Comparison(
+        "VLSA's stage I step against any-res, checkpointed", "vlsa checkpointed", "any-res checkpointed", memory=1.0
+    ),
     Comparison("prefill against LLaVA", "prefill", "prefill llava", 1 / 0.98),
     Comparison("decoding against LLaVA", "decode", "decode llava", 1 / 0.98),
     Comparison("preprocessing against LLaVA", "preprocess", "preprocess llava", 1 / 0.98),

@@ -83,13 +83,36 @@ def reconstruct(
     pixels = to_vae_pixels(inputs["pixel_values"][rows], mean, std, reconstructor.size)  # [I, 3, size, size]
     copies = reconstructor.decode(reconstructor.encode(pixels))
 
+    return torch.stack([pixels, copies, paint(reconstructor, conditions, num_steps, seed)], dim=1)
+
+
+@torch.inference_mode()
+def paint(
+    reconstructor: Reconstructor,
+    conditions: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+    num_steps: int = 28,
+    seed: int = 0,
+) -> torch.Tensor:
+    """
+    Images from noise, by Euler's method.
+
+    Args:
+        reconstructor ([`Reconstructor`]): What was trained to reconstruct images.
+        conditions (`tuple`): What is known of the images, as [`get_conditions`] returns it.
+        num_steps (`int`, *optional*, defaults to 28): Steps from noise to the image.
+        seed (`int`, *optional*, defaults to 0): Seed of the noise.
+
+    Returns:
+        `torch.Tensor` of shape `[I, 3, size, size]`, from -1 to 1.
+    """
+    features = conditions[0]  # [I, l, D]
     generator = torch.Generator().manual_seed(seed)
-    z_t = torch.randn(len(rows), *reconstructor.get_latent_shape(), generator=generator).to(pixels.device)
+    z_t = torch.randn(len(features), *reconstructor.get_latent_shape(), generator=generator).to(features.device)
     sigmas = torch.linspace(1, 0, num_steps + 1).tolist()
     for sigma, following in tqdm(zip(sigmas, sigmas[1:], strict=False), total=num_steps, desc="Drawing", unit="step"):
         shares = z_t.new_full((len(z_t),), sigma)  # [I]
         z_t = z_t + (following - sigma) * reconstructor.denoise(z_t, shares, *conditions)
-    return torch.stack([pixels, copies, reconstructor.decode(z_t)], dim=1)
+    return reconstructor.decode(z_t)
 
 
 def draw(pictures: torch.Tensor) -> Image.Image:

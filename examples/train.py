@@ -23,11 +23,13 @@ from transformers import PreTrainedModel, set_seed
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from modeling_vwlmm import (
+    VWLMMConfig,
     VWLMMForConditionalGeneration,
     VWLMMTrainer,
     VWLMMTrainingArguments,
     VWLMMVisualTokenizer,
 )
+from modeling_vwlmm.adapters_vwlmm import ADAPTERS, get_max_patches
 from modeling_vwlmm.training import find_last_checkpoint
 from processing_vwlmm import VWLMMProcessor, add_cognition_alignment, load_llava_dataset, mix_datasets
 
@@ -67,7 +69,18 @@ class ScriptArguments:
     visual_tokenizer_config: str | None = field(
         default=None, metadata={"help": "LaVIT's stage 1: fields of VWLMMVisualTokenizerConfig, as a mapping."}
     )
-    adapter: str = field(default="token_merger", metadata={"help": "LaVIT's stage 2, to begin with: the adapter."})
+    adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "The adapter of a new model, by default 'mlp', in LaVIT's stage 2 'token_merger'; or of one that "
+            "had another."
+        },
+    )
+    # A string for the command line, too.
+    adapter_config: str | None = field(
+        default=None,
+        metadata={"help": "Fields of the adapter, as a mapping, such as `{max_patches: 4}`."},
+    )
     merger_init: str = field(
         default="tokenizer",
         metadata={"help": "LaVIT's stage 2, to begin with: 'tokenizer', or 'identity' to add nothing."},
@@ -142,6 +155,7 @@ def load_model(
 ) -> tuple[PreTrainedModel, VWLMMProcessor]:
     """What a recipe starts from: a checkpoint, or the parts of a new model."""
     name, text, dtype = model_args.model_name_or_path, script_args.language_model, model_args.dtype or "float32"
+    adapter = read_adapter(script_args)
     template = (
         {} if script_args.conversation_template is None else {"chat_template": script_args.conversation_template}
     )
@@ -151,8 +165,11 @@ def load_model(
             "attn_implementation": model_args.attn_implementation,
             "quantization_config": get_quantization_config(model_args),
         }
-        model = cls.from_pretrained(name, dtype=dtype, **({} if training_args.trains_tokenizer else options))
-        return model, VWLMMProcessor.from_pretrained(name)
+        if training_args.trains_tokenizer:
+            return cls.from_pretrained(name, dtype=dtype), VWLMMProcessor.from_pretrained(name)
+        model = cls.from_pretrained(name, dtype=dtype, **options, **adapter)
+        changes = {"max_patches": get_max_patches(model.config)} if adapter else {}
+        return model, VWLMMProcessor.from_pretrained(name, **changes)
     if training_args.trains_tokenizer:
         fields = script_args.visual_tokenizer_config or {}
         fields = json.loads(fields) if isinstance(fields, str) else fields
@@ -160,18 +177,30 @@ def load_model(
         return tokenizer, VWLMMProcessor.from_visual_tokenizer(tokenizer.config, text, **template)
     if script_args.visual_tokenizer is not None:
         model = VWLMMForConditionalGeneration.from_visual_tokenizer(
-            script_args.visual_tokenizer,
-            text,
-            merger_init=script_args.merger_init,
-            adapter=script_args.adapter,
-            dtype=dtype,
+            script_args.visual_tokenizer, text, merger_init=script_args.merger_init, dtype=dtype, **adapter
         )
-        return model, VWLMMProcessor.from_pretrained(script_args.visual_tokenizer)
-    processor = VWLMMProcessor.from_vision_text_pretrained(script_args.vision_tower, text, **template)
+        processor = VWLMMProcessor.from_pretrained(
+            script_args.visual_tokenizer, max_patches=get_max_patches(model.config)
+        )
+        return model, processor
+    processor = VWLMMProcessor.from_vision_text_pretrained(
+        script_args.vision_tower, text, max_patches=get_max_patches(VWLMMConfig(**adapter)), **template
+    )
     model = VWLMMForConditionalGeneration.from_vision_text_pretrained(
-        script_args.vision_tower, text, image_token_index=processor.image_token_id, dtype=dtype
+        script_args.vision_tower, text, image_token_index=processor.image_token_id, dtype=dtype, **adapter
     )
     return model, processor
+
+
+def read_adapter(script_args: ScriptArguments) -> dict[str, Any]:
+    """Fields of the model's config that say which adapter it has, as far as a recipe does."""
+    adapter = {} if script_args.adapter is None else {"adapter": script_args.adapter}
+    options = _parse_json(script_args.adapter_config)
+    if options is not None and not isinstance(options, dict):
+        raise ValueError(f"`adapter_config` is {options!r}; expected a mapping, such as {{max_patches: 4}}.")
+    if script_args.adapter is not None and script_args.adapter not in ADAPTERS:
+        raise ValueError(f"`adapter` is {script_args.adapter!r}; expected one of {', '.join(sorted(ADAPTERS))}.")
+    return adapter if options is None else {**adapter, "adapter_config": options}
 
 
 def _check_entry(entry: dict[str, Any]) -> None:
@@ -189,12 +218,15 @@ def _check(script_args: ScriptArguments, training_args: VWLMMTrainingArguments, 
     dataset = load_data(script_args, training_args.seed, reader)
     training_args.check_columns(dataset)
     name, parts = model_args.model_name_or_path, (script_args.vision_tower, script_args.language_model)
+    adapter = read_adapter(script_args)
     if name is None:
         template = script_args.conversation_template or "vicuna_v1"
-        processor = VWLMMProcessor.from_vision_text_pretrained(*parts, chat_template=template)
+        max_patches = get_max_patches(VWLMMConfig(**adapter))
+        processor = VWLMMProcessor.from_vision_text_pretrained(*parts, chat_template=template, max_patches=max_patches)
     else:
-        processor = VWLMMProcessor.from_pretrained(name)
-    model = make_model(name, *parts, processor.image_token_id)
+        changes = {"max_patches": get_max_patches(VWLMMConfig.from_pretrained(name, **adapter))} if adapter else {}
+        processor = VWLMMProcessor.from_pretrained(name, **changes)
+    model = make_model(name, *parts, processor.image_token_id, **adapter)
     num_processes = script_args.num_processes or int(os.environ.get("WORLD_SIZE", 1))
     refused = check(dataset, training_args, processor, model, model_args, reader, num_processes, script_args.tflops)
     return int(refused > 0)

@@ -82,7 +82,8 @@ class WithImageCodes:
             **kwargs,
         )  # [B, L + 1 + new]
         written = output[:, input_ids.shape[1] :] - config.code_offset
-        return [row[row >= 0] for row in written]
+        # Of an image that did not end there is one code more than it has patches, in the place of [/IMG].
+        return [row[row >= 0][: config.visual_tokenizer_config.num_patches] for row in written]
 
     def _check_has_codes(self) -> None:
         if self.base_model.visual_tokenizer is None:

@@ -115,3 +115,13 @@ class TestWriting:
         # The authors leave [IMG] possible, and drop what is no code later.
         written = [token for token in theirs["ids"][0][1:] if token > END]
         assert codes[: len(written)].tolist() == written
+
+    def test_no_more_codes_than_patches(self, folder, expected):
+        """Also where the model does not end the image: more could not be decoded."""
+        model = VWLMMForConditionalGeneration.from_pretrained(folder).eval()
+        prompt = torch.tensor(expected["text_to_image.greedy"]["input_ids"])[:, :-1]
+        end = model.config.image_end_token_id
+        with torch.no_grad():
+            model.lm_head.weight[end] = 0  # never the likeliest: of many codes one has a logit above 0
+        (codes,) = model.generate_image_codes(prompt, do_sample=False)
+        assert len(codes) == NUM_PATCHES

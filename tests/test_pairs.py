@@ -17,7 +17,7 @@ from modeling_vwlmm import (
     VWLMMTrainingArguments,
     VWLMMVisualTokenizer,
 )
-from modeling_vwlmm.adapters_vwlmm import ADAPTERS
+from modeling_vwlmm.adapters_vwlmm import ADAPTERS, get_max_patches
 from modeling_vwlmm.objectives_vwlmm import OBJECTIVES
 from modeling_vwlmm.training.stages import MODULES
 from processing_vwlmm import VWLMMProcessor
@@ -68,9 +68,11 @@ def tokenizer():
     return tokenizer
 
 
-@pytest.fixture(scope="module")
-def processor(tokenizer):
-    return VWLMMProcessor.from_visual_tokenizer(tokenizer.config, str(GOLDEN / "vicuna"), num_text_tokens=500)
+def make_processor(tokenizer, config) -> VWLMMProcessor:
+    """With patches, two to four of each image here, for the adapter that reads them."""
+    return VWLMMProcessor.from_visual_tokenizer(
+        tokenizer.config, str(GOLDEN / "vicuna"), num_text_tokens=500, max_patches=get_max_patches(config)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +96,7 @@ def test_table_has_every_pair():
 
 
 @pytest.mark.parametrize(("adapter", "name"), TABLE, ids=str)
-def test_pair(request, tokenizer, processor, samples, tmp_path, adapter, name):
+def test_pair(request, tokenizer, samples, tmp_path, adapter, name):
     options = {"weight": 1.0}
     if name in VARIANTS:
         folder = str(request.getfixturevalue("pipeline"))
@@ -119,6 +121,7 @@ def test_pair(request, tokenizer, processor, samples, tmp_path, adapter, name):
     )
 
     def make_trainer():
+        processor = make_processor(tokenizer, model.config)
         return VWLMMTrainer(model=model, args=args, train_dataset=samples, processing_class=processor)
 
     said = TABLE[adapter, name]

@@ -91,7 +91,9 @@ def preferences() -> datasets.Dataset:
 
 
 def load_example(name: str):
-    """A script of `examples/` as a module."""
+    """A script of `examples/` as a module. Scripts import each other."""
+    if str(EXAMPLES) not in sys.path:
+        sys.path.insert(0, str(EXAMPLES))
     spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -355,6 +357,76 @@ class TestRecipes:
             assert model.model_name_or_path == previous
             assert (script.vision_tower is None, script.language_model is None) == (stage > 1, stage > 1)
             previous = training.output_dir
+
+    @pytest.mark.parametrize(
+        ("world", "method", "stages"), [("llama3_8b_vlsa", "vlsa", 3), ("llama2_7b_lavit", "lavit", 2)]
+    )
+    def test_recipes_of_other_methods(self, world, method, stages):
+        """They parse, each starts from what the one before has written, and settings are those of the papers."""
+        train = load_example("train")
+        parser = TrlParser((train.ScriptArguments, VWLMMTrainingArguments, ModelConfig))
+        previous = None
+        for stage in range(1, stages + 1):
+            recipe = ["--config", str(EXAMPLES / "recipes" / world / f"stage{stage}.yaml")]
+            script, training, model = parser.parse_args_and_config([*recipe, "--use_cpu", "true", "--bf16", "false"])
+            assert (training.method, training.stage) == (method, stage)
+            assert previous == (script.visual_tokenizer if method == "lavit" else model.model_name_or_path)
+            assert bool(script.vision_tower) == (stage == 1)
+            previous = training.output_dir
+            rates = {"vlsa": (1e-3, 2e-5, 2e-5), "lavit": (1e-4, 1e-4)}[method]
+            batches = {"vlsa": (256, 128, 128), "lavit": (2048, 2048)}[method]
+            assert (training.learning_rate, training.global_batch_size) == (rates[stage - 1], batches[stage - 1])
+            if method == "vlsa":
+                assert bool(script.cognition_alignment) == (stage == 3)
+                assert training.get_objectives()[0].keys() == {"language", "reconstruction"}
+                expected = {"adapter": "sa_perceiver", "adapter_config": {"max_patches": 4}} if stage == 1 else {}
+                assert train.read_adapter(script) == expected
+            elif stage == 2:
+                assert (training.adam_beta1, training.adam_beta2, training.weight_decay) == (0.9, 0.95, 0.1)
+                assert training.warmup_steps == 2000
+                for entry in script.datasets:
+                    train._check_entry(entry)
+
+    @pytest.mark.parametrize("starts_from", ["parts", "checkpoint"])
+    def test_adapter_of_a_recipe(self, starts_from, processor, small_world, tmp_path):
+        """A perceiver and a processor that cuts for it, which train; of a checkpoint, in place of its adapter."""
+        recipe = ["--config", str(EXAMPLES / "recipes/small_world/stage1.yaml"), "--adapter=sa_perceiver"]
+        overrides = {
+            "adapter_config": '{"max_patches": 2}',
+            "json_file": small_world / "captions.json",
+            "image_folder": small_world / "images",
+            "output_dir": tmp_path / "run",
+            "vision_tower": EXAMPLES / "small_world/vision_tower",
+            "language_model": EXAMPLES / "small_world/llm",
+            "max_steps": 1,
+            "global_batch_size": 2,
+            "per_device_train_batch_size": 2,
+            "dataloader_num_workers": 0,
+            "use_cpu": True,
+            "bf16": False,
+            "disable_tqdm": True,
+        }
+        if starts_from == "checkpoint":
+            base = VWLMMForConditionalGeneration.from_vision_text_pretrained(
+                tiny_vision("clip"),
+                tiny_text("llama", vocab_size=480, max_position_embeddings=2048),
+                image_token_index=processor.image_token_id,
+            )
+            base.save_pretrained(tmp_path / "base")
+            processor.save_pretrained(tmp_path / "base")
+            overrides["model_name_or_path"] = tmp_path / "base"
+        load_example("train").main([*recipe, *(f"--{name}={value}" for name, value in overrides.items())])
+        model = VWLMMForConditionalGeneration.from_pretrained(tmp_path / "run")
+        assert (model.config.adapter, model.config.adapter_config) == ("sa_perceiver", {"max_patches": 2})
+        assert model.model.multi_modal_projector.perceiver.w_o1.weight.any()
+        assert type(processor).from_pretrained(tmp_path / "run").max_patches == 2
+
+    def test_bad_adapter_of_a_recipe(self):
+        train = load_example("train")
+        with pytest.raises(ValueError, match="`adapter` is 'perceiver'; expected one of mlp, sa_perceiver"):
+            train.read_adapter(train.ScriptArguments(adapter="perceiver"))
+        with pytest.raises(ValueError, match="`adapter_config` is 4; expected a mapping"):
+            train.read_adapter(train.ScriptArguments(adapter="sa_perceiver", adapter_config="4"))
 
     def test_qlora(self, small_world, processor, tmp_path):
         """The recipe on a small model: what it saves loads on the 4-bit base, and merges into the whole one."""

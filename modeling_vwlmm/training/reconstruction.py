@@ -203,8 +203,12 @@ class Reconstructor(nn.Module):
         """
         vae = self.vae.to(pixels.device)
         with torch.autocast(pixels.device.type, enabled=False):
-            distribution = vae.encode(pixels.float()).latent_dist
-            z = distribution.mean if epsilon is None else distribution.mean + distribution.std * epsilon
+            # One by one: on an image the layers of a VAE work with hundreds of megabytes, beside the activations that
+            # the decoder keeps.
+            found = [vae.encode(image[None].float()).latent_dist for image in pixels]
+            z = torch.cat([distribution.mean for distribution in found])  # [I, C', h, w]
+            if epsilon is not None:
+                z = z + torch.cat([distribution.std for distribution in found]) * epsilon
         return (z - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
     @torch.no_grad()
