@@ -1,7 +1,7 @@
 """
-VLSA on the small world: scenes of twice the resolution, with patterns that no snapshot shows. What do high resolution in
-a fixed number of tokens (a), reconstruction (b) and pixels as text (c) add, each and together? The paper's table 3 in
-miniature, with VW-LMM's visual words besides.
+VLSA on the small world: scenes of twice the resolution, with patterns that no snapshot shows. What do high resolution
+in a fixed number of tokens (a), reconstruction (b) and pixels as text (c) add, each and together? The paper's table 3
+in miniature, with VW-LMM's visual words besides.
 
     make demo-vlsa
 
@@ -116,7 +116,7 @@ def main() -> None:
 
 
 def make_starts(output: Path, seed: int) -> None:
-    """What arms start from: stage II of the small world as it is, and with a new SA-Perceiver, which adds nothing yet."""
+    """What arms start from: the small world's stage II as it is, and with a new SA-Perceiver, which adds nothing."""
     if not (STAGE2 / "config.json").exists():
         print("\n=== The small world's stages I and II")
         write_llava_dataset(demo.RUNS / "data", demo.NUM_CAPTIONS, demo.NUM_CONVERSATIONS)

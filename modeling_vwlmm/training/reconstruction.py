@@ -160,13 +160,13 @@ def make_pictures(
     groups: dict[tuple[int, int], list[tuple[int, torch.Tensor, torch.Tensor]]] = {}
     parts = zip(pixels.split(patches.num_patches), patches.boxes.split(patches.num_patches), strict=True)
     for index, (own, boxes) in enumerate(parts):
-        tops = boxes[:, 0].tolist()
+        tops, lefts = boxes[:, 0].tolist(), boxes[:, 1].tolist()
         columns = tops.count(tops[0])
         rows = len(tops) // columns
-        if tops != [top for top in tops[::columns] for _ in range(columns)]:
+        if (tops, lefts) != ([top for top in tops[::columns] for _ in range(columns)], lefts[:columns] * rows):
             raise ValueError(
-                f"The patches of image {index} begin at the heights {tops}, which are no rows of equally many. Pass "
-                "`pixel_values` and `patch_boxes` as the processor has made them."
+                f"The patches of image {index} begin at {list(zip(tops, lefts, strict=True))} (y, x), which is no "
+                "grid. Pass `pixel_values` and `patch_boxes` as the processor has made them."
             )
         picture = own.view(rows, columns, 3, size, size).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
         box = torch.cat([boxes[0, :2], boxes[-1, 2:]])
