@@ -289,7 +289,7 @@ class VWLMMForConditionalGeneration(
         objectives, weights = parse_objectives(visual_objective, visual_loss_weight, labels is not None)
         labels = None if labels is None else replace_placeholders(labels, self.config, token_id=-100)
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        batch["pixel_values"] = pixel_values
+        batch |= {"pixel_values": pixel_values, "patch_boxes": patch_boxes}
         batch, supervised_positions = prepare_batch(
             objectives, {**batch, "labels": labels}, kwargs, supervised_positions, self.config.image_token_id
         )

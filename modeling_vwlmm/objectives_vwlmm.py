@@ -25,6 +25,7 @@ from torch import nn
 from typing_extensions import NotRequired
 
 from .loss_vwlmm import linear_row_losses
+from .patches_vwlmm import find_snapshots
 
 
 class Term(NamedTuple):
@@ -640,7 +641,7 @@ def find_image_rows(pixel_values: torch.Tensor | None, patch_boxes: torch.Tensor
             f"`patch_boxes` has {len(patch_boxes)} rows, and `pixel_values` {len(pixel_values)}; expected one box for "
             "each. Pass both as the processor has made them."
         )
-    return _where((patch_boxes == 0).all(dim=1))
+    return _where(find_snapshots(patch_boxes))
 
 
 def leave_out_dropped(

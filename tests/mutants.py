@@ -475,6 +475,42 @@ MUTANTS = [
         "pass",
         "test_lavit_training.py::phases",
     ),
+    # High-resolution patches.
+    Mutant(
+        "an image attends to the padding of its patches",
+        "adapters_vwlmm.py",
+        "logits.masked_fill(~is_key, -torch.inf).softmax(dim=-1)",
+        "logits.softmax(dim=-1)",
+        "test_sa_perceiver.py::padding_of_a_batch",
+    ),
+    Mutant(
+        "where a patch is does not count",
+        "adapters_vwlmm.py",
+        "            logits = logits + bias\n",
+        "            pass\n",
+        "test_sa_perceiver.py::order_of_patches",
+    ),
+    Mutant(
+        "a new perceiver changes what the decoder reads",
+        "adapters_vwlmm.py",
+        "        nn.init.zeros_(self.w_o1.weight)\n",
+        "",
+        "test_sa_perceiver.py::FreshPerceiver",
+    ),
+    Mutant(
+        "Transformers begins a perceiver that a checkpoint lacks",
+        "image_features_vwlmm.py",
+        "            module.init_parameters()\n",
+        "            pass\n",
+        "test_sa_perceiver.py::FreshPerceiver",
+    ),
+    Mutant(
+        "patches are counted as images",
+        TRAINER,
+        'return find_snapshots(batch["patch_boxes"]).sum()',
+        'return len(batch["patch_boxes"])',
+        "test_sa_perceiver.py::counted",
+    ),
 ]
 
 

@@ -11,6 +11,8 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +21,9 @@ import torch
 from conftest import make_image
 from PIL import ExifTags, Image
 from test_hub import WITHOUT_PACKAGE
+
+from modeling_vwlmm import VWLMMForConditionalGeneration
+from processing_vwlmm import VWLMMProcessor
 
 
 openai = pytest.importorskip("openai")
@@ -29,23 +34,18 @@ QUESTION = "What is in the image?"
 
 
 @contextlib.contextmanager
-def serve(checkpoint, folder):
-    """A client of a server of a checkpoint."""
+def serve(checkpoint: str, folder: Path) -> Iterator[openai.OpenAI]:
+    """A client of a server of this checkpoint, which keeps its log and its code in `folder`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-c",
-        WITHOUT_PACKAGE + "from transformers.cli.transformers import main; main()",
-        "serve",
-    ]
+    command = [sys.executable, "-c", WITHOUT_PACKAGE + "from transformers.cli.transformers import main; main()"]
     options = ["--trust-remote-code", "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
     environment = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules")}
     with (
         open(folder / "log", "w+") as log,
         subprocess.Popen(
-            [*command, checkpoint, *options], cwd=folder, stdout=log, stderr=log, env=environment
+            [*command, "serve", checkpoint, *options], cwd=folder, stdout=log, stderr=log, env=environment
         ) as server,
     ):
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
@@ -149,3 +149,11 @@ def test_model_that_drops_image_tokens(tmp_path):
         assert answers[0] != answers[1]
         # Behind another conversation, too.
         assert ask(client, folder, images[0]) == answers[0]
+
+
+def test_images_of_several_resolutions(perceiving, tmp_path):
+    """Of four patches and of one, for VLSA's adapter."""
+    images = [make_image(1).resize((90, 70)), make_image(5).resize((20, 28))]
+    model, processor = (cls.from_pretrained(perceiving) for cls in (VWLMMForConditionalGeneration, VWLMMProcessor))
+    with serve(perceiving, tmp_path) as client:
+        assert ask(client, perceiving, *images) == generate(model, processor, *reversed(images))
