@@ -471,10 +471,10 @@ class TestPatches:
             assert_close((box[0] + box[2]).item() / 2, 0.5, atol=1 / 28, rtol=0)
         snapshots = make_pictures(batch["pixel_values"], batch["patch_boxes"], *CLIP.values(), 28)
         assert [group.indices for group in snapshots] == [list(range(5))] and snapshots[0].boxes is None
+        _, batch = self.read(processor, [2])  # two rows of two
+        batch["patch_boxes"][-1, 1] += 0.1
         with pytest.raises(ValueError, match="which is no grid"):
-            boxes = batch["patch_boxes"].clone()
-            boxes[2, 1] += 0.1
-            make_pictures(batch["pixel_values"], boxes, *CLIP.values(), 28, "patches")
+            make_pictures(batch["pixel_values"], batch["patch_boxes"], *CLIP.values(), 28, "patches")
 
     def test_a_batch_is_its_images_one_by_one(self, model, processor, options):
         """Each with its own features, noise and size. The denoiser is called once for each size."""
