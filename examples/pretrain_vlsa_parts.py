@@ -130,7 +130,7 @@ def encode(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
     return (z - vae.config.shift_factor) * vae.config.scaling_factor
 
 
-def probe_latents(vae: AutoencoderKL) -> float:
+def probe_latents(vae: AutoencoderKL, num_train: int = 600, num_test: int = 200) -> float:
     """How well a linear map reads a thing's pattern from the mean of the latents that it covers."""
 
     def read(name: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,10 +145,10 @@ def probe_latents(vae: AutoencoderKL) -> float:
                 labels.append(list(PATTERNS).index(pattern))
         return F.pad(torch.stack(features), (0, 1), value=1.0), torch.tensor(labels)
 
-    features, labels = read("probe/train", 600)
+    features, labels = read("probe/train", num_train)
     gram = features.T @ features + 1e-2 * torch.eye(features.shape[1])
     weight = torch.linalg.solve(gram, features.T @ F.one_hot(labels).float())  # [17, patterns]
-    features, labels = read("probe/test", 200)
+    features, labels = read("probe/test", num_test)
     return ((features @ weight).argmax(dim=-1) == labels).float().mean().item()
 
 
