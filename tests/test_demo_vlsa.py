@@ -1,8 +1,8 @@
 # Copyright 2026 The VW-LMM authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-The small world's VLSA: what its data ask, what its shipped VAE keeps, and that every arm of the demo takes a step which
-teaches what the arm says it does. What they learn in the end, the demo prints.
+The small world's VLSA: what its data ask, what its shipped VAE keeps, and that every arm of the demo takes steps which
+teach what the arm says. What they learn in the end, the demo prints.
 """
 
 import importlib
