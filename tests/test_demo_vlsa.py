@@ -126,15 +126,12 @@ def test_every_arm_is_tested(demo_vlsa):
     assert {arm.folder for arm in demo_vlsa.ARMS if arm.options is not None} == LEARNS.keys()
 
 
-@pytest.mark.parametrize("folder", LEARNS)
-def test_one_step_of_an_arm(demo_vlsa, world, tmp_path, folder):
-    arm = next(arm for arm in demo_vlsa.ARMS if arm.folder == folder)
-    for name in ("start_low", "start_high"):
-        (tmp_path / name).symlink_to(world / name)
+def settings(world) -> list[str]:
+    """Of a run of two steps: the first gives the perceiver's way out a weight, the second what lies before it."""
     options = {
         "json_file": world / "data" / "instructions.json",
         "image_folder": world / "data" / "images",
-        "max_steps": 2,  # the first gives the perceiver's way out a weight, the second what lies before it
+        "max_steps": 2,
         "global_batch_size": 2,
         "per_device_train_batch_size": 2,
         "warmup_steps": 0,
@@ -142,30 +139,40 @@ def test_one_step_of_an_arm(demo_vlsa, world, tmp_path, folder):
         "bf16": False,
         "disable_tqdm": True,
     }
-    demo_vlsa.train_arm(arm, tmp_path, [part for name, value in options.items() for part in (f"--{name}", str(value))])
-    begun = load_file(world / ("start_high" if arm.reads_patches else "start_low") / "model.safetensors")
-    ended = load_file(tmp_path / folder / "model.safetensors")
-    changed = {name for name in ended if not torch.equal(ended[name], begun[name])}
+    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
+
+
+def find_changed(before: Path, after: Path) -> set[str]:
+    """Names of the tensors of two checkpoints that differ."""
+    begun, ended = (load_file(folder / "model.safetensors") for folder in (before, after))
+    return {name for name in ended if not torch.equal(ended[name], begun[name])}
+
+
+@pytest.mark.parametrize("folder", LEARNS)
+def test_steps_of_an_arm(demo_vlsa, world, tmp_path, folder):
+    arm = next(arm for arm in demo_vlsa.ARMS if arm.folder == folder)
+    for name in ("start_low", "start_high"):
+        (tmp_path / name).symlink_to(world / name)
+    demo_vlsa.train_arm(arm, tmp_path, settings(world))
+    changed = find_changed(world / ("start_high" if arm.reads_patches else "start_low"), tmp_path / folder)
     assert "lm_head.weight" in changed and not any(".vision_tower." in name for name in changed)
-    learned = set()
-    if changed & {name for name in ended if name.startswith(f"{PERCEIVER}w_kv.")}:
-        learned.add("perceiver")
-    if any("vm_head" in name for name in changed):
-        learned.add("vm_head")
-    if (tmp_path / folder / "_training_modules" / "reconstruction.safetensors").exists():
-        learned.add("epigone")
-    assert learned == LEARNS[folder]
+    learned = {
+        "perceiver": f"{PERCEIVER}w_kv.weight" in changed,
+        "vm_head": any("vm_head" in name for name in changed),
+        "epigone": (tmp_path / folder / "_training_modules" / "reconstruction.safetensors").exists(),
+    }
+    assert {name for name, is_learned in learned.items() if is_learned} == LEARNS[folder]
 
 
-def test_recipe_of_reconstruction_alone(demo_vlsa):
-    """Stage I keeps the pretrained denoiser frozen, and no text is learned."""
+def test_reconstruction_alone(demo_vlsa, world, tmp_path):
+    """The recipe teaches the adapter, from a denoiser that stays frozen and from no text."""
     train = importlib.import_module("train")
-    parser = train.TrlParser((train.ScriptArguments, train.VWLMMTrainingArguments, train.ModelConfig))
-    recipe = ["--config", str(demo_vlsa.RECIPES / "reconstruction.yaml"), "--use_cpu", "--bf16", "false"]
-    _, args, _ = parser.parse_args_and_config(recipe)
-    objectives, weights = args.get_objectives()
-    assert not objectives["reconstruction"].trains_denoiser and objectives["reconstruction"].image == "patches"
-    assert weights.get("language", 0) == 0 and args.get_trained_modules() == ("model.multi_modal_projector",)
+    recipe = ["--config", str(demo_vlsa.RECIPES / "reconstruction.yaml"), *settings(world)]
+    train.main([*recipe, "--model_name_or_path", str(world / "start_high"), "--output_dir", str(tmp_path / "alone")])
+    changed = find_changed(world / "start_high", tmp_path / "alone")
+    assert f"{PERCEIVER}w_kv.weight" in changed and all(".multi_modal_projector." in name for name in changed)
+    saved = load_file(tmp_path / "alone" / "_training_modules" / "reconstruction.safetensors")
+    assert saved and all(name.startswith("epigone.") for name in saved)
 
 
 def test_table(demo_vlsa, world, monkeypatch):
