@@ -783,6 +783,7 @@ class TestSaved:
             "size": 28,
             "rank": 256,
             "width": None,
+            "image": "snapshot",
         }
 
     def test_the_next_stage_goes_on_with_it(self, make_trainer, model, pipeline, tmp_path):
