@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: demo demo-lavit test test-long fuzz test-oldest test-peers test-lmms-eval test-vllm mutants lint bench bench-reading clean
+.PHONY: demo demo-lavit demo-vlsa test test-long fuzz test-oldest test-peers test-lmms-eval test-vllm mutants lint bench bench-reading clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python examples/demo.py
@@ -10,6 +10,10 @@ demo: $(VENV)/installed
 # LaVIT: a visual tokenizer, then a model that reads and writes its codes.
 demo-lavit: $(VENV)/installed
 	$(VENV)/bin/python examples/demo_lavit.py
+
+# VLSA: what high resolution, reconstruction and pixels as text each add on details that a snapshot cannot show.
+demo-vlsa: $(VENV)/installed
+	$(VENV)/bin/python examples/demo_vlsa.py
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2

@@ -10,7 +10,7 @@ VLSA's cognition alignment does (see `add_cognition_alignment`).
 import argparse
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -80,14 +80,14 @@ def answer(
     return [text.strip() for text in texts]
 
 
-def measure_answers(answers: list[str], records: list[dict]) -> dict[str, float]:
+def measure_answers(answers: list[str], records: list[dict], kinds: Sequence[str] = KINDS) -> dict[str, float]:
     """Exact-match accuracy by kind, and over all questions under `"all"`."""
     asked, right = Counter(), Counter()
     for answer, record in zip(answers, records, strict=True):
         for kind in (record["kind"], "all"):
             asked[kind] += 1
             right[kind] += answer == record["answer"]
-    return {kind: right[kind] / asked[kind] for kind in (*KINDS, "all")}
+    return {kind: right[kind] / asked[kind] for kind in (*kinds, "all")}
 
 
 def make_cognition_questions(

@@ -282,7 +282,9 @@ def main(args: list[str] | None = None) -> None:
         images = [Image.open(file).convert("RGB") for file in options.like or ()]
         features = rebuild(tokenizer, codes, measure_lengths(tokenizer, processor, images))  # [1, N, C]
         reconstructor = painter.training_modules["reconstruction"]
-        picture = draw(paint(reconstructor, condition(painter, features), options.steps, options.seed)[:, None])
+        generator, sides = torch.Generator().manual_seed(options.seed), [reconstructor.size] * 2
+        drawn = paint(reconstructor, condition(painter, features), sides, options.steps, generator)  # [1, 3, H, W]
+        picture = draw([drawn])
     picture.save(options.output)
     print(f"{options.output}: {len(codes)} codes of {tokenizer.config.num_patches} at most, {options.prompt!r}")
 

@@ -9,6 +9,7 @@ VAE and denoiser are those that the checkpoint was trained with. `--vae` and `--
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from modeling_vwlmm import VWLMMForConditionalGeneration
-from modeling_vwlmm.objectives_vwlmm import find_image_rows, parse_objectives
+from modeling_vwlmm.objectives_vwlmm import parse_objectives
 from modeling_vwlmm.training import attach_training_modules
-from modeling_vwlmm.training.reconstruction import Reconstructor, get_conditions, to_vae_pixels
+from modeling_vwlmm.training.reconstruction import Reconstructor, get_conditions, make_pictures
 from modeling_vwlmm.training.training_modules import FOLDER
 from processing_vwlmm import VWLMMProcessor
 
@@ -58,7 +59,7 @@ def reconstruct(
     images: list[Image.Image],
     num_steps: int = 28,
     seed: int = 0,
-) -> torch.Tensor:
+) -> list[torch.Tensor]:
     """
     Images, the VAE's copies of them, and what the denoiser draws from their features.
 
@@ -69,7 +70,7 @@ def reconstruct(
         seed (`int`, *optional*, defaults to 0): Seed of the noise.
 
     Returns:
-        `torch.Tensor` of shape `[I, 3 kinds, 3, size, size]`, from -1 to 1.
+        `list[torch.Tensor]`, for each image `[3 kinds, 3, H, W]`, from -1 to 1.
     """
     reconstructor: Reconstructor = model.training_modules["reconstruction"]
     inputs = processor(
@@ -78,52 +79,66 @@ def reconstruct(
     inputs = {name: inputs[name] for name in ("pixel_values", "patch_boxes") if name in inputs}
     outputs = model.model.get_image_features(**inputs)
     conditions = get_conditions(outputs)
-    rows = find_image_rows(inputs["pixel_values"], inputs.get("patch_boxes"))  # [I]
     mean, std = processor.image_processor.image_mean, processor.image_processor.image_std
-    pixels = to_vae_pixels(inputs["pixel_values"][rows], mean, std, reconstructor.size)  # [I, 3, size, size]
-    copies = reconstructor.decode(reconstructor.encode(pixels))
+    size, image = reconstructor.size, reconstructor.image
+    pictures = make_pictures(inputs["pixel_values"], inputs.get("patch_boxes"), mean, std, size, image)
 
-    return torch.stack([pixels, copies, paint(reconstructor, conditions, num_steps, seed)], dim=1)
+    generator = torch.Generator().manual_seed(seed)
+    made: dict[int, torch.Tensor] = {}
+    for group in pictures:
+        own = [None if condition is None else condition[group.indices] for condition in conditions]
+        copies = reconstructor.decode(reconstructor.encode(group.pixels))
+        drawn = paint(reconstructor, own, group.pixels.shape[-2:], num_steps, generator, group.boxes)
+        kinds = torch.stack([group.pixels, copies, drawn], dim=1)  # [I, 3 kinds, 3, H, W]
+        made |= dict(zip(group.indices, kinds, strict=True))
+    return [made[index] for index in range(len(made))]
 
 
 @torch.inference_mode()
 def paint(
     reconstructor: Reconstructor,
-    conditions: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
-    num_steps: int = 28,
-    seed: int = 0,
+    conditions: Sequence[torch.Tensor | None],
+    sides: Sequence[int],
+    num_steps: int,
+    generator: torch.Generator,
+    boxes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Images from noise, by Euler's method.
 
     Args:
         reconstructor ([`Reconstructor`]): What was trained to reconstruct images.
-        conditions (`tuple`): What is known of the images, as [`get_conditions`] returns it.
-        num_steps (`int`, *optional*, defaults to 28): Steps from noise to the image.
-        seed (`int`, *optional*, defaults to 0): Seed of the noise.
+        conditions (`Sequence`): What is known of the images, as [`get_conditions`] returns it.
+        sides (`Sequence[int]`): Height and width of the images in pixels.
+        num_steps (`int`): Steps from noise to the image.
+        generator (`torch.Generator`): Draws the noise, on the CPU.
+        boxes (`torch.Tensor` of shape `[I, 4]`, *optional*): See [`Pictures`].
 
     Returns:
-        `torch.Tensor` of shape `[I, 3, size, size]`, from -1 to 1.
+        `torch.Tensor` of shape `[I, 3, H, W]`, from -1 to 1.
     """
     features = conditions[0]  # [I, l, D]
-    generator = torch.Generator().manual_seed(seed)
-    z_t = torch.randn(len(features), *reconstructor.get_latent_shape(), generator=generator).to(features.device)
+    shape = reconstructor.get_latent_shape(*sides)
+    z_t = torch.randn(len(features), *shape, generator=generator).to(features.device)
     sigmas = torch.linspace(1, 0, num_steps + 1).tolist()
     for sigma, following in tqdm(zip(sigmas, sigmas[1:], strict=False), total=num_steps, desc="Drawing", unit="step"):
         shares = z_t.new_full((len(z_t),), sigma)  # [I]
-        z_t = z_t + (following - sigma) * reconstructor.denoise(z_t, shares, *conditions)
+        z_t = z_t + (following - sigma) * reconstructor.denoise(z_t, shares, *conditions, boxes)
     return reconstructor.decode(z_t)
 
 
-def draw(pictures: torch.Tensor) -> Image.Image:
-    """One picture of all, `[rows, columns, 3, size, size]` from -1 to 1."""
-    num_rows, num_columns, _, size, _ = pictures.shape
-    canvas = np.full((num_rows * (size + GAP) - GAP, num_columns * (size + GAP) - GAP, 3), 255, dtype=np.uint8)
-    values = ((pictures + 1) * 127.5).round().clamp(0, 255).byte().movedim(2, -1).cpu().numpy()
-    for row in range(num_rows):
-        for column in range(num_columns):
-            y, x = row * (size + GAP), column * (size + GAP)
-            canvas[y : y + size, x : x + size] = values[row, column]
+def draw(pictures: Sequence[torch.Tensor]) -> Image.Image:
+    """One picture of all: a row for each, `[columns, 3, H, W]` from -1 to 1."""
+    columns = pictures[0].shape[0]
+    width = columns * (max(row.shape[-1] for row in pictures) + GAP) - GAP
+    height = sum(row.shape[-2] + GAP for row in pictures) - GAP
+    canvas = np.full((height, width, 3), 255, dtype=np.uint8)
+    y, step = 0, (width + GAP) // columns
+    for row in pictures:
+        values = ((row + 1) * 127.5).round().clamp(0, 255).byte().movedim(1, -1).cpu().numpy()  # [columns, H, W, 3]
+        for column, one in enumerate(values):
+            canvas[y : y + one.shape[0], column * step : column * step + one.shape[1]] = one
+        y += values.shape[1] + GAP
     return Image.fromarray(canvas)
 
 

@@ -58,6 +58,7 @@ CONTRAST = 90  # how much brighter or darker, of 255
 GREY = 128  # of the shapes of the grey world
 
 KINDS = ("colour", "shape", "count", "exists", "where", "describe")
+DETAIL_KINDS = ("detail", "twins", "shape")  # of questions on the grey world
 
 # What `Scene.patch_objects` says of a patch that shows no object.
 BACKGROUND = -1  # not one pixel of an object
@@ -282,6 +283,16 @@ class DetailedScene(Scene):
         pixels = pixels.repeat(2, axis=0).repeat(2, axis=1) + CONTRAST * signs
         return Image.fromarray(pixels.astype(np.uint8))
 
+    def ask_about(self, thing: Thing, kind: str) -> tuple[str, str]:
+        """
+        A question that says of a thing no more than its place, and its answer: by `kind` about its `"shape"`, which a
+        picture of half the size shows, or its `"detail"`, its colour, which of the grey world only its pattern tells.
+        """
+        place = f"shape at the {thing.place}"
+        if kind == "shape":
+            return f"What is the {place}?", f"the {place} is a {thing.shape}"
+        return f"What colour is the {place}?", f"the {place} is {thing.colour}"
+
     def _ask_pattern(self, rng: random.Random) -> tuple[str, str]:
         index = rng.randrange(len(self.things))
         place = self.things[index].place
@@ -413,15 +424,64 @@ def write_llava_dataset(
     progress.close()
 
 
+def write_detailed_dataset(
+    folder: str | Path, num_conversations: int, num_held_out: int = 200, max_details: int = 3, seed: int = 0
+) -> None:
+    """
+    Writes `instructions.json`, `held_out.json` and `images/*.png` of the grey world into `folder`.
+
+    Args:
+        folder (`str` or `Path`): Folder to write, which is made if it does not exist.
+        num_conversations (`int`): Conversations of up to `max_details` questions on detail and one on a shape.
+        num_held_out (`int`, *optional*, defaults to 200): Questions of each kind: `detail`, `shape`, and `twins`, on
+            the detail of scenes with twins.
+        max_details (`int`, *optional*, defaults to 3): See above.
+        seed (`int`, *optional*, defaults to 0): Seed of all that is drawn.
+    """
+    folder = Path(folder)
+    images = folder / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(f"{seed}/detailed/held out")
+    held_out, records = set(), []
+    for kind in DETAIL_KINDS:
+        for index in range(num_held_out):
+            scene = random_twins(rng, is_grey=True) if kind == "twins" else random_detailed_scene(rng, is_grey=True)
+            name = f"{kind}_{index:06d}"
+            scene.image().save(images / f"{name}.png")
+            held_out.add(scene)
+            question, answer = scene.ask_about(rng.choice(scene.things), "shape" if kind == "shape" else "detail")
+            records.append({"id": name, "image": f"{name}.png", "kind": kind, "question": question, "answer": answer})
+    _write_json(folder / "held_out.json", records)
+
+    rng = random.Random(f"{seed}/detailed/instructions")
+    records = []
+    progress = tqdm(total=num_conversations, desc="Grey world", unit="scene")
+    while len(records) < num_conversations:
+        if (scene := random_detailed_scene(rng, is_grey=True)) in held_out:
+            continue
+        name = f"instruction_{len(records):06d}"
+        scene.image().save(images / f"{name}.png")
+        asked = rng.sample(scene.things, min(max_details, len(scene.things)))
+        turns = [scene.ask_about(thing, "detail") for thing in asked]
+        turns.append(scene.ask_about(rng.choice(scene.things), "shape"))
+        rng.shuffle(turns)
+        (question, answer), *rest = turns
+        records.append(_record(name, [(f"<image>\n{question}", answer), *rest], f"{name}.png"))
+        progress.update()
+    _write_json(folder / "instructions.json", records)
+    progress.close()
+
+
 def read_held_out(folder: str | Path) -> list[dict]:
     """
     The held-out questions, in the order they were written.
 
     Args:
-        folder (`str` or `Path`): The folder that `write_llava_dataset` has written.
+        folder (`str` or `Path`): The folder that `write_llava_dataset` or `write_detailed_dataset` has written.
 
     Returns:
-        `list[dict]`, each with `id`, `image` (a path), `kind`, `question`, `answer`, and `patch_words`: 64 lists in
+        `list[dict]`, each with `id`, `image` (a path), `kind`, `question`, `answer`, and, where scenes have no
+        detail, `patch_words`: 64 lists in
         raster order, with the three attribute words of the patch's object, `["dark"]` for background, and nothing
         where an object covers less than half of the patch.
     """

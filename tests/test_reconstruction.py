@@ -27,16 +27,19 @@ from torch.testing import assert_close
 from modeling_vwlmm import VWLMMForConditionalGeneration, VWLMMTrainer, VWLMMTrainingArguments
 from modeling_vwlmm.objectives_vwlmm import find_image_rows, find_supervised_positions, parse_objectives
 from modeling_vwlmm.training import Epigone, attach_training_modules
-from modeling_vwlmm.training.denoisers import PerTokenDenoiser
+from modeling_vwlmm.training.denoisers import PerTokenDenoiser, _sample
 from modeling_vwlmm.training.lockstep import encode_no_images
 from modeling_vwlmm.training.reconstruction import (
     add_noise,
     check_sizes,
     get_conditions,
+    make_pictures,
     reconstruction_losses,
     to_vae_pixels,
 )
 from modeling_vwlmm.training.stages import set_trainable_parameters
+from processing_vwlmm import VWLMMProcessor
+from processing_vwlmm.cutting_vwlmm import fit_grid
 
 
 N, D = 16, 48  # image tokens of an image, hidden size
@@ -403,6 +406,148 @@ class TestLoss:
 
 
 @has_diffusers
+class TestPatches:
+    """The high-resolution image that patches are cut from, in place of the snapshot."""
+
+    SIZES = ((56, 28), (20, 100), (50, 40), (50, 20), (90, 18))  # width and height
+
+    @pytest.fixture(params=["per_token", "sd3"])
+    def options(self, request, pipeline, tmp_path) -> dict:
+        """As above, with a transformer that knows positions enough for four patches beside each other."""
+        options = {"vae": str(pipeline), "denoiser": "per_token", "image": "patches"}
+        if request.param == "per_token":
+            return options
+        from diffusers import SD3Transformer2DModel
+
+        config = SD3Transformer2DModel.load_config(pipeline, subfolder="transformer")
+        torch.manual_seed(0)
+        transformer = SD3Transformer2DModel.from_config({**config, "pos_embed_max_size": 28})
+        with torch.no_grad():
+            for parameter in transformer.parameters():
+                if parameter.ndim > 1:
+                    parameter.normal_(std=0.15)
+        transformer.save_pretrained(tmp_path / "transformer")
+        return {**options, "denoiser": str(tmp_path / "transformer")}
+
+    @pytest.fixture
+    def model(self, perceiving):
+        return VWLMMForConditionalGeneration.from_pretrained(perceiving, dtype=torch.float32)
+
+    @pytest.fixture
+    def processor(self, perceiving):
+        return VWLMMProcessor.from_pretrained(perceiving)
+
+    def read(self, processor, indices=range(5)) -> tuple[list[Image.Image], dict]:
+        """Images of unlike grids, and a batch with one a row."""
+        rng = np.random.default_rng(0)
+        images = [Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)) for size in self.SIZES]
+        inputs = processor(images=[images[n] for n in indices], return_tensors="pt")
+        input_ids = torch.tensor([[1, *[480] * N, 5 + n, 6] for n in indices])
+        columns = {"input_ids": input_ids, "labels": input_ids.where(input_ids == 6, -100)}
+        seeds = {"image_seeds": [100 + n for n in indices]}
+        return images, {**columns, **seeds, **CLIP, **{k: inputs[k] for k in ("pixel_values", "patch_boxes")}}
+
+    def test_pictures(self, processor):
+        """What was cut is whole again, padding and all, and says where in the snapshot's square it lies."""
+        images, batch = self.read(processor)
+        groups = make_pictures(batch["pixel_values"], batch["patch_boxes"], *CLIP.values(), 28, "patches")
+        assert 3 <= len(groups) < len(images)  # some are of one size
+        made = {n: (group.pixels[k], group.boxes[k]) for group in groups for k, n in enumerate(group.indices)}
+        assert sorted(made) == list(range(len(images)))
+        assert len({group.pixels.shape[-2:] for group in groups}) == len(groups)
+        for n, image in enumerate(images):
+            grid = fit_grid(image.height, image.width, 28, 28, 4)
+            height, width = 28 * grid.rows, 28 * grid.columns
+            pixels, box = made[n]
+            assert pixels.shape == (3, height, width)
+            top, left = (height - grid.height) // 2, (width - grid.width) // 2
+            inside = pixels[:, top : top + grid.height, left : left + grid.width]
+            if (grid.width, grid.height) == image.size:
+                wanted = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
+                assert_close(inside, wanted, atol=1e-5, rtol=0)
+            side = max(image.size)  # of the square that the snapshot shows
+            scale = image.height / grid.height
+            assert_close((box[2] - box[0]).item(), height * scale / side, atol=1e-5, rtol=0)
+            assert_close((box[0] + box[2]).item() / 2, 0.5, atol=1 / 28, rtol=0)
+        snapshots = make_pictures(batch["pixel_values"], batch["patch_boxes"], *CLIP.values(), 28)
+        assert [group.indices for group in snapshots] == [list(range(5))] and snapshots[0].boxes is None
+        _, batch = self.read(processor, [2])  # two rows of two
+        batch["patch_boxes"][-1, 1] += 0.1
+        with pytest.raises(ValueError, match="which is no grid"):
+            make_pictures(batch["pixel_values"], batch["patch_boxes"], *CLIP.values(), 28, "patches")
+
+    def test_a_batch_is_its_images_one_by_one(self, model, processor, options):
+        """Each with its own features, noise and size. The denoiser is called once for each size."""
+        attach(model, options)
+        reconstructor = model.training_modules["reconstruction"]
+        calls = []
+        reconstructor.denoiser.register_forward_hook(lambda module, args, output: calls.append(args[0].shape))
+        _, batch = self.read(processor)
+        output = run(model, batch, options)
+        assert len(calls) == len(set(calls)) and sum(shape[0] for shape in calls) == 5
+        assert {(4, 14, 28), (4, 28, 28)} <= {tuple(shape[1:]) for shape in calls}
+        losses = [run(model, self.read(processor, [n])[1], options).losses["reconstruction"] for n in range(5)]
+        assert_close(output.losses["reconstruction"], torch.stack(losses).mean(), atol=1e-5, rtol=1e-5)
+        assert len({round(loss.item(), 4) for loss in losses}) == 5
+
+    def test_patches_are_the_target(self, vicuna, processor, pipeline):
+        """Of a new perceiver, which tells nothing of the patches, so that the loss has them as what is drawn."""
+        model = VWLMMForConditionalGeneration.from_pretrained(vicuna, adapter="sa_perceiver", dtype=torch.float32)
+        _, batch = self.read(processor, [2])
+        losses = {}
+        for image in ("snapshot", "patches"):
+            options = {"vae": str(pipeline), "image": image}
+            attach(model, options)
+            for name, change in (("as it is", 0.0), ("changed", 0.3)):
+                changed = batch["pixel_values"].clone()
+                changed[1:] += change
+                output = run(model, {**batch, "pixel_values": changed}, options)
+                losses[image, name] = output.losses["reconstruction"]
+        assert torch.equal(losses["snapshot", "as it is"], losses["snapshot", "changed"])
+        assert not torch.equal(losses["patches", "as it is"], losses["patches", "changed"])
+
+    def test_tokens_stand_where_the_picture_is(self):
+        """Tokens that say their place are read where the latent's patches are, outside of the square at the rim."""
+        centres = (torch.arange(4) + 0.5) / 4
+        tokens = torch.stack(torch.meshgrid(centres, centres, indexing="ij"))[None].expand(2, -1, -1, -1)
+        boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.25, -0.5, 0.75, 1.5]])
+        found = _sample(tokens, boxes, 2, 8)  # [2, (y, x), 2, 8]
+        for n, (y0, x0, y1, x1) in enumerate(boxes.tolist()):
+            y = (y0 + (torch.arange(2) + 0.5) / 2 * (y1 - y0)).clamp(0.125, 0.875)
+            x = (x0 + (torch.arange(8) + 0.5) / 8 * (x1 - x0)).clamp(0.125, 0.875)
+            assert_close(found[n, 0], y[:, None].expand(-1, 8))
+            assert_close(found[n, 1], x[None].expand(2, -1))
+
+    def test_it_draws_pictures_of_their_sizes(self, model, processor, pipeline, monkeypatch):
+        monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+        reconstruct = importlib.import_module("reconstruct")
+        attach(model, {"vae": str(pipeline), "image": "patches"}).eval()
+        images, _ = self.read(processor)
+        pictures = reconstruct.reconstruct(model, processor, images[:3], num_steps=2)
+        sizes = [(28 * grid.rows, 28 * grid.columns) for grid in (fit_grid(*i.size[::-1], 28, 28, 4) for i in images)]
+        assert [tuple(picture.shape) for picture in pictures] == [(3, 3, *size) for size in sizes[:3]]
+        widest = max(width for _, width in sizes[:3])
+        height = sum(height for height, _ in sizes[:3])
+        assert reconstruct.draw(pictures).size == (3 * widest + 2 * 4, height + 2 * 4)
+
+    def test_refused(self, model, processor, vicuna, options):
+        _, batch = self.read(processor)
+        plain = VWLMMForConditionalGeneration.from_pretrained(vicuna, dtype=torch.float32)
+        with pytest.raises(ValueError, match="'patches', and the adapter 'mlp' reads none"):
+            attach(plain, options)
+        with pytest.raises(ValueError, match="`image` of `reconstruction` is 'picture'"):
+            attach(model, {**options, "image": "picture"})
+        attach(model, options)
+        model.training_modules["reconstruction"].epigone.up.weight.ds_id = 0  # as ZeRO-3 marks it
+        with pytest.raises(ValueError, match="once for each size, and weights are sharded"):
+            run(model, batch, options)
+        vae = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 16}
+        transformer = {"patch_size": 2, "in_channels": 16, "pos_embed_max_size": 96}
+        check_sizes(336, vae, transformer, 4)
+        with pytest.raises(ValueError, match="1792 pixels, 4 patches beside each other, have 112 .* to 384 at most"):
+            check_sizes(448, vae, transformer, 4)
+
+
 class TestSD3:
     def test_order_of_the_tokens_says_nothing_and_another_images_tokens_do(self, model, pipeline):
         """After a little training on four images, whose own features serve them better than those of another."""
@@ -638,6 +783,7 @@ class TestSaved:
             "size": 28,
             "rank": 256,
             "width": None,
+            "image": "snapshot",
         }
 
     def test_the_next_stage_goes_on_with_it(self, make_trainer, model, pipeline, tmp_path):

@@ -96,7 +96,12 @@ class PerTokenDenoiser(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(
-        self, z_t: torch.Tensor, sigma: torch.Tensor, prompt: torch.Tensor, pooled: torch.Tensor
+        self,
+        z_t: torch.Tensor,
+        sigma: torch.Tensor,
+        prompt: torch.Tensor,
+        pooled: torch.Tensor,
+        boxes: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         The velocity `noise - z` of noisy latents.
@@ -106,6 +111,8 @@ class PerTokenDenoiser(nn.Module):
             sigma (`torch.Tensor` of shape `[I]`): Their shares of noise, 0 to 1.
             prompt (`torch.Tensor` of shape `[I, l, J]`): A condition for each token of a square grid.
             pooled (`torch.Tensor` of shape `[I, Q]`): One for the image.
+            boxes (`torch.Tensor` of shape `[I, 4]`, *optional*): (y0, x0, y1, x1) of the images in the unit square of
+                the tokens. By default they are of the same square.
 
         Returns:
             `torch.Tensor` of shape `[I, C', h, w]`.
@@ -117,7 +124,9 @@ class PerTokenDenoiser(nn.Module):
         side = math.isqrt(prompt.shape[1])
         tokens = F.layer_norm(prompt, prompt.shape[-1:])  # [I, l, J]
         tokens = self.prompt(tokens).transpose(1, 2).unflatten(2, (side, side))  # [I, w, side, side]
-        if (height, width) != (side, side):
+        if boxes is not None:
+            tokens = _sample(tokens, boxes, height, width)
+        elif (height, width) != (side, side):
             tokens = F.interpolate(tokens, (height, width), mode="bilinear")
         tokens = tokens.flatten(2).transpose(1, 2)  # [I, T, w]
         time = _encode(1000 * sigma, self.width)  # [I, w]
@@ -141,6 +150,18 @@ def _encode_grid(height: int, width: int, size: int, like: torch.Tensor) -> torc
     return torch.cat([_encode(y.flatten(), size // 2), _encode(x.flatten(), size // 2)], dim=-1).to(like.dtype)
 
 
+def _sample(tokens: torch.Tensor, boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Tokens `[I, w, side, side]` at the centres of grids in boxes, `[I, w, height, width]`; at the rim the next."""
+    boxes = boxes.to(tokens.device, tokens.dtype)
+    corners, sizes = boxes[:, None, :2], (boxes[:, 2:] - boxes[:, :2])[:, None]  # [I, 1, 2]
+    y, x = (
+        2 * (corners[..., axis] + (torch.arange(n).to(boxes) + 0.5) / n * sizes[..., axis]) - 1  # [I, n], -1 to 1
+        for axis, n in enumerate((height, width))
+    )
+    grid = torch.stack([x[:, None].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], dim=-1)
+    return F.grid_sample(tokens, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
 class SD3Denoiser(nn.Module):
     """
     Stable Diffusion 3's transformer (arXiv 2403.03206), as the paper has it: all tokens are the context of all
@@ -155,9 +176,14 @@ class SD3Denoiser(nn.Module):
         self.transformer = transformer
 
     def forward(
-        self, z_t: torch.Tensor, sigma: torch.Tensor, prompt: torch.Tensor, pooled: torch.Tensor
+        self,
+        z_t: torch.Tensor,
+        sigma: torch.Tensor,
+        prompt: torch.Tensor,
+        pooled: torch.Tensor,
+        boxes: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """See [`PerTokenDenoiser.forward`]. `prompt` may have any number of rows, in any order."""
+        """See [`PerTokenDenoiser.forward`]. `prompt` may have any number of rows, in any order; no box is read."""
         return self.transformer(
             hidden_states=to_dtype_of(self.transformer, z_t),
             encoder_hidden_states=to_dtype_of(self.transformer, prompt),

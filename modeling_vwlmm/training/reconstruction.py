@@ -13,14 +13,19 @@ of the optimiser step and what the collator says of the image (the `id` of its s
 an `id` its pixels), so that no cut of a batch into micro-batches or processes, and no resumed run, changes them. In an
 evaluation the step has no part in it.
 
+The image is the snapshot that the tower reads, or the picture in high resolution, put together of its patches: then
+images have different sizes, and the denoiser is called once for each size.
+
 Shapes: `I` images, `l` tokens of an image, `D` hidden size of the decoder, `J` width of the prompt, `Q` of the pooled
-embedding, `C'` channels of a latent, `h, w` its sides, `H, W` those of `pixel_values`.
+embedding, `C'` channels of a latent, `h, w` its sides, `H, W` those of an image, `R` rows of `pixel_values`, `M` those
+of them that are patches.
 """
 
 import hashlib
 import math
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,8 +34,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..adapters_vwlmm import drops_tokens, to_dtype_of
-from ..objectives_vwlmm import OBJECTIVES, Objective, ObjectiveInputs, Term
+from ..adapters_vwlmm import drops_tokens, get_max_patches, to_dtype_of
+from ..objectives_vwlmm import OBJECTIVES, Objective, ObjectiveInputs, Term, find_image_rows
+from ..patches_vwlmm import split_patches
 from .denoisers import PerTokenDenoiser, Pretrained, SD3Denoiser
 
 
@@ -106,6 +112,71 @@ def to_vae_pixels(
     return pixels.clamp(0, 1) * 2 - 1
 
 
+@dataclass
+class Pictures:
+    """
+    Images of one size.
+
+    indices (`list[int]`): Which of the images they are.
+    pixels (`torch.Tensor` of shape `[I, 3, rows * size, columns * size]`): From -1 to 1.
+    boxes (`torch.Tensor` of shape `[I, 4]`, *optional*): (y0, x0, y1, x1) of each in the unit square of its snapshot,
+        where it shows something else than this.
+    """
+
+    indices: list[int]
+    pixels: torch.Tensor
+    boxes: torch.Tensor | None = None
+
+
+def make_pictures(
+    pixel_values: torch.Tensor,
+    patch_boxes: torch.Tensor | None,
+    image_mean: Sequence[float],
+    image_std: Sequence[float],
+    size: int,
+    image: str = "snapshot",
+) -> list[Pictures]:
+    """
+    What is reconstructed, by size. Reads the boxes, for which the host waits, if they are of patches.
+
+    Args:
+        pixel_values (`torch.Tensor` of shape `[R, 3, H, W]`): Normalised snapshots, each with its patches behind it.
+        patch_boxes (`torch.Tensor` of shape `[R, 4]`, *optional*): Where in its snapshot each row lies; zeros for the
+            snapshots. Without, all are, and each is its own patch.
+        image_mean, image_std (`Sequence[float]`): See [`to_vae_pixels`].
+        size (`int`): Sides in pixels that a snapshot or a patch gets.
+        image (`str`, *optional*, defaults to `"snapshot"`): `"snapshot"`, or `"patches"` for the padded image that has
+            been cut into them.
+
+    Raises:
+        ValueError: If the patches of an image are no grid.
+    """
+    if image == "snapshot" or patch_boxes is None:
+        rows = find_image_rows(pixel_values, patch_boxes).to(pixel_values.device)  # [I]
+        pixels = to_vae_pixels(pixel_values[rows], image_mean, image_std, size)
+        return [Pictures(list(range(len(rows))), pixels)]
+    _, patches = split_patches(pixel_values, patch_boxes)
+    pixels = to_vae_pixels(patches.features, image_mean, image_std, size)  # [M, 3, size, size]
+    groups: dict[tuple[int, int], list[tuple[int, torch.Tensor, torch.Tensor]]] = {}
+    parts = zip(pixels.split(patches.num_patches), patches.boxes.split(patches.num_patches), strict=True)
+    for index, (own, boxes) in enumerate(parts):
+        tops, lefts = boxes[:, 0].tolist(), boxes[:, 1].tolist()
+        columns = tops.count(tops[0])
+        rows = len(tops) // columns
+        if (tops, lefts) != ([top for top in tops[::columns] for _ in range(columns)], lefts[:columns] * rows):
+            raise ValueError(
+                f"The patches of image {index} begin at {list(zip(tops, lefts, strict=True))} (y, x), which is no "
+                "grid. Pass `pixel_values` and `patch_boxes` as the processor has made them."
+            )
+        picture = own.view(rows, columns, 3, size, size).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
+        box = torch.cat([boxes[0, :2], boxes[-1, 2:]])
+        groups.setdefault((rows, columns), []).append((index, picture, box))
+    return [
+        Pictures(list(indices), torch.stack(pictures), torch.stack(boxes))
+        for indices, pictures, boxes in (zip(*group, strict=True) for group in groups.values())
+    ]
+
+
 class Reconstructor(nn.Module):
     """
     Epigone and denoiser, with the frozen VAE that makes latents. What is frozen stands in a plain list: it is no
@@ -115,7 +186,8 @@ class Reconstructor(nn.Module):
         epigone ([`Epigone`]): Makes the denoiser's prompt.
         denoiser (`nn.Module`): A denoiser of [`denoisers`].
         vae (`diffusers.AutoencoderKL`): The VAE.
-        size (`int`): Sides in pixels of the images that are reconstructed.
+        size (`int`): Sides in pixels of a snapshot or a patch.
+        image (`str`): What is reconstructed, see [`make_pictures`].
         trains_denoiser (`bool`): Whether the denoiser learns.
         seed (`int`): Seed of the noise.
         options (`dict`): What it was made with, for who loads it again.
@@ -127,6 +199,7 @@ class Reconstructor(nn.Module):
         denoiser: nn.Module,
         vae: nn.Module,
         size: int,
+        image: str,
         trains_denoiser: bool,
         seed: int,
         options: dict[str, Any],
@@ -139,7 +212,7 @@ class Reconstructor(nn.Module):
             self._denoiser = denoiser
         else:
             self._frozen.append(denoiser.requires_grad_(False))
-        self.size, self.seed, self.step, self.options = size, seed, 0, options
+        self.size, self.image, self.seed, self.step, self.options = size, image, seed, 0, options
 
     @property
     def vae(self) -> nn.Module:
@@ -194,7 +267,7 @@ class Reconstructor(nn.Module):
         The latents of images, in fp32.
 
         Args:
-            pixels (`torch.Tensor` of shape `[I, 3, size, size]`): Images, from -1 to 1.
+            pixels (`torch.Tensor` of shape `[I, 3, H, W]`): Images, from -1 to 1.
             epsilon (`torch.Tensor` of shape `[I, C', h, w]`, *optional*): Normal numbers that make a sample of the
                 VAE's distribution. Without, its mode.
 
@@ -213,14 +286,19 @@ class Reconstructor(nn.Module):
 
     @torch.no_grad()
     def decode(self, z: torch.Tensor) -> torch.Tensor:
-        """The images of latents `[I, C', h, w]`: `[I, 3, size, size]`, from -1 to 1."""
+        """The images of latents `[I, C', h, w]`: `[I, 3, H, W]`, from -1 to 1."""
         vae = self.vae.to(z.device)
         return vae.decode(z / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)).sample.clamp(-1, 1)
 
-    def get_latent_shape(self) -> tuple[int, int, int]:
-        """Channels and sides of a latent, `[C', h, w]`."""
-        side = self.size // get_vae_factor(self.vae.config)
-        return self.vae.config.latent_channels, side, side
+    def get_latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Channels and sides of the latent of an image with these sides in pixels, `[C', h, w]`."""
+        factor = get_vae_factor(self.vae.config)
+        return self.vae.config.latent_channels, height // factor, width // factor
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether every process has to call the modules equally often."""
+        return any(hasattr(weight, "ds_id") or hasattr(weight, "device_mesh") for weight in self.parameters())
 
     def denoise(
         self,
@@ -229,6 +307,7 @@ class Reconstructor(nn.Module):
         image_features: torch.Tensor,
         global_features: torch.Tensor,
         keep_mask: torch.Tensor | None = None,
+        boxes: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         The velocity of noisy latents, of which image features tell what they shall be.
@@ -239,6 +318,7 @@ class Reconstructor(nn.Module):
             image_features (`torch.Tensor` of shape `[I, l, D]`), global_features (`torch.Tensor` of shape `[I, D]`):
                 What the adapter has made of the images.
             keep_mask (`torch.BoolTensor` of shape `[I, l]`, *optional*): Which of the features are kept.
+            boxes (`torch.Tensor` of shape `[I, 4]`, *optional*): See [`Pictures`].
 
         Returns:
             `torch.Tensor` of shape `[I, C', h, w]`, in fp32.
@@ -248,9 +328,9 @@ class Reconstructor(nn.Module):
         )  # [I, l, J], [I, Q]
         denoiser = self.denoiser if self.trains_denoiser else self.denoiser.to(z_t.device)
         if keep_mask is None:
-            return denoiser(z_t, sigma, prompt, pooled).float()
+            return denoiser(z_t, sigma, prompt, pooled, boxes).float()
         # Images of unlike numbers of tokens, which know no padding.
-        if any(hasattr(weight, "ds_id") or hasattr(weight, "device_mesh") for weight in self.parameters()):
+        if self.is_sharded:
             raise ValueError(
                 "The adapter drops tokens, so that the denoiser is called once for each image, and weights are "
                 "sharded: processes would call it unequally often. Use DDP or ZeRO-2."
@@ -268,29 +348,32 @@ class Reconstructor(nn.Module):
         pixels: torch.Tensor,
         image_seeds: Sequence[int],
         keep_mask: torch.Tensor | None = None,
+        boxes: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        The losses of images, `[I]`.
+        The losses of images of one size, `[I]`.
 
         Args:
-            image_features, global_features, keep_mask: See [`~Reconstructor.denoise`].
-            pixels (`torch.Tensor` of shape `[I, 3, size, size]`): The images, from -1 to 1.
+            image_features, global_features, keep_mask, boxes: See [`~Reconstructor.denoise`].
+            pixels (`torch.Tensor` of shape `[I, 3, H, W]`, *optional*): The images, from -1 to 1; there are none
+                without.
             image_seeds (`Sequence[int]`): What their noise follows from.
         """
         # At least one row passes, or a process without images would have no gradients to average.
         is_blank = not len(image_features)
-        shape = self.get_latent_shape()
         if is_blank:
-            shape = (shape[0], 2, 2)
+            shape = (self.vae.config.latent_channels, 2, 2)
             image_features, global_features = (
                 F.pad(rows, (*[0, 0] * (rows.ndim - 1), 0, 1)) for rows in (image_features, global_features)
             )
-            image_seeds, keep_mask = [0], None
+            image_seeds, keep_mask, boxes = [0], None, None
+        else:
+            shape = self.get_latent_shape(*pixels.shape[-2:])
         drawn = self.draw(image_seeds, shape, self.step if self.training else None)
         sigma, noise, epsilon = (numbers.to(image_features.device, non_blocking=True) for numbers in drawn)
         z = noise if is_blank else self.encode(pixels, epsilon if self.training else None)  # [I, C', h, w]
         z_t = add_noise(z, noise, sigma)
-        velocity = self.denoise(z_t, sigma, image_features, global_features, keep_mask)
+        velocity = self.denoise(z_t, sigma, image_features, global_features, keep_mask, boxes)
         losses = reconstruction_losses(z, z_t, sigma, velocity)  # [I]
         return 0 * losses if is_blank else losses
 
@@ -336,7 +419,11 @@ class Reconstruction(Objective):
             path or name of an `SD3Transformer2DModel`, or of a pipeline with one.
         trains_denoiser (`bool` or `"if_new"`, *optional*, defaults to `True`): Whether the denoiser learns;
             `"if_new"`, if it begins anew.
-        size (`int`, *optional*): Sides in pixels of what is reconstructed. By default the vision tower's.
+        size (`int`, *optional*): Sides in pixels of what is reconstructed, of `"patches"` those of each. By default
+            the vision tower's.
+        image (`str`, *optional*, defaults to `"snapshot"`): What is reconstructed: the `"snapshot"`, or with an
+            adapter that reads `"patches"` the high-resolution image that these are cut from, with its padding, as
+            the paper has it. A snapshot costs less, and all are of one size; it cannot teach what it does not show.
         rank (`int`, *optional*, defaults to 256): Width of the Epigone's middle layer.
         width (`int`, *optional*): Width of the blocks of `"per_token"`. By default the decoder's, and 1024 at most.
 
@@ -359,7 +446,10 @@ class Reconstruction(Objective):
         size: int | None = None,
         rank: int = 256,
         width: int | None = None,
+        image: str = "snapshot",
     ) -> None:
+        if image not in ("snapshot", "patches"):
+            raise ValueError(f"`image` of `reconstruction` is {image!r}; expected 'snapshot' or 'patches'.")
         if trains_denoiser not in (True, False, "if_new"):
             raise ValueError(
                 f"`trains_denoiser` of `reconstruction` is {trains_denoiser!r}; expected true, false or 'if_new'."
@@ -368,6 +458,7 @@ class Reconstruction(Objective):
             if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
                 raise ValueError(f"`{name}` of `reconstruction` is {number!r}; expected a whole number above 0.")
         self.vae, self.denoiser, self.size, self.rank, self.width = vae, denoiser, size, rank, width
+        self.image = image
         is_new = denoiser == "per_token"
         self.trains_denoiser = is_new if trains_denoiser == "if_new" else trains_denoiser
         if is_new and not self.trains_denoiser:
@@ -398,10 +489,17 @@ class Reconstruction(Objective):
                 "for each place of an image. Set `vision_feature_select_strategy` to 'default', or name an SD3 "
                 "transformer."
             )
+        max_patches = get_max_patches(config)
+        if self.image == "patches" and max_patches is None:
+            raise ValueError(
+                f"`image` of `reconstruction` is 'patches', and the adapter {config.adapter!r} reads none. Set it to "
+                "'snapshot', or take an adapter that reads patches."
+            )
         vae = Pretrained("AutoencoderKL", self.vae, "vae")
         transformer = None if is_new else Pretrained("SD3Transformer2DModel", self.denoiser, "transformer")
         size = self.size or config.vision_config.image_size
-        check_sizes(size, vae.config, None if transformer is None else transformer.config)
+        most = max_patches if self.image == "patches" else 1
+        check_sizes(size, vae.config, None if transformer is None else transformer.config, most)
         if is_new:
             width = self.width or min(hidden_size, 1024)
             joint, pooled = hidden_size, hidden_size
@@ -412,8 +510,10 @@ class Reconstruction(Objective):
             epigone = Epigone(hidden_size, joint, pooled, self.rank)
             denoiser = SD3Denoiser(transformer.load(model.dtype))
         options = {"vae": self.vae, "denoiser": self.denoiser, "size": size, "rank": self.rank, "width": self.width}
+        options["image"] = self.image
         # The seed that its weights are drawn with is also that of its noise.
-        return Reconstructor(epigone, denoiser, vae.load(), size, self.trains_denoiser, torch.initial_seed(), options)
+        seed = torch.initial_seed()
+        return Reconstructor(epigone, denoiser, vae.load(), size, self.image, self.trains_denoiser, seed, options)
 
     def collate(
         self, examples: list[dict[str, Any]], processor: Any, image_seq_length: int
@@ -464,28 +564,46 @@ class Reconstruction(Objective):
                 f"There are features of {len(features)} images, and `pixel_values` of {num_images}. Pass "
                 "`pixel_values` and `patch_boxes` as the processor has made them."
             )
-        image_rows = inputs.supervised_positions["image_rows"].to(features.device)  # [I]
-        pixel_values = batch["pixel_values"].to(features.device)[image_rows]  # [I, 3, H, W]
         for name in ("image_mean", "image_std"):
             if batch.get(name) is None:
                 raise ValueError(
                     f"The objective `reconstruction` needs `{name}`, which is not among the inputs. Pass that of "
                     "`processor.image_processor`."
                 )
+        pixel_values, patch_boxes = batch["pixel_values"].to(features.device), batch.get("patch_boxes")
         seeds = batch.get("image_seeds")
         if seeds is None:
-            seeds = [zlib.crc32(image.cpu().float().numpy().tobytes()) for image in pixel_values]
-        pixels = to_vae_pixels(pixel_values, batch["image_mean"], batch["image_std"], reconstructor.size)
-        losses = reconstructor(features, global_features, pixels, seeds, keep_mask)  # [I]
-        return Term(losses.sum(), num_images, {})
+            rows = inputs.supervised_positions["image_rows"].tolist()
+            seeds = [zlib.crc32(pixel_values[row].cpu().float().numpy().tobytes()) for row in rows]
+        normalization = (batch["image_mean"], batch["image_std"])
+        pictures = make_pictures(pixel_values, patch_boxes, *normalization, reconstructor.size, reconstructor.image)
+        if len(pictures) > 1 and reconstructor.is_sharded:
+            raise ValueError(
+                "Images have different sizes, so that the denoiser is called once for each size, and weights are "
+                "sharded: processes would call it unequally often. Set `image` of `reconstruction` to 'snapshot', or "
+                "use DDP or ZeRO-2."
+            )
+        losses = [
+            reconstructor(
+                features[group.indices],
+                global_features[group.indices],
+                group.pixels,
+                [seeds[index] for index in group.indices],
+                None if keep_mask is None else keep_mask[group.indices],
+                group.boxes,
+            )
+            for group in pictures
+        ]
+        return Term(torch.cat(losses).sum(), num_images, {})
 
 
-def check_sizes(size: int, vae: Any, transformer: Any | None) -> None:
+def check_sizes(size: int, vae: Any, transformer: Any | None, max_patches: int = 1) -> None:
     """
     Compares the sizes of what reconstruction puts together, by their configs.
 
     Args:
-        size (`int`): Sides in pixels of what is reconstructed.
+        size (`int`): Sides in pixels of what is reconstructed, or of each of its patches.
+        max_patches (`int`, *optional*, defaults to 1): Most patches beside each other.
         vae, transformer: Configs of the VAE, and of the transformer if there is one.
 
     Raises:
@@ -514,11 +632,14 @@ def check_sizes(size: int, vae: Any, transformer: Any | None) -> None:
             f"The VAE's latents have {vae['latent_channels']} channels, and the denoiser reads "
             f"{transformer['in_channels']}. Take those of one pipeline."
         )
-    most = transformer["pos_embed_max_size"]
-    if side // patch_size > most:
+    most, found = transformer["pos_embed_max_size"], max_patches * side // patch_size
+    if found > most:
+        images = f"images of {max_patches * size} pixels"
+        if max_patches > 1:
+            images += f", {max_patches} patches beside each other,"
         raise ValueError(
-            f"Latents of images of {size} pixels have {side // patch_size} patches a side, and the denoiser knows "
-            f"positions of {most}. Set `size` of `reconstruction` to {most * step} at most."
+            f"Latents of {images} have {found} patches a side, and the denoiser knows positions of {most}. Set `size` "
+            f"of `reconstruction` to {most // max_patches * step} at most."
         )
 
 
