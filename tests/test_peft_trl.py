@@ -364,9 +364,9 @@ class TestRecipes:
     def test_recipes_of_other_methods(self, world, method, stages):
         """They parse, each starts from what the one before has written, and settings are those of the papers."""
         train = load_example("train")
-        parser = TrlParser((train.ScriptArguments, VWLMMTrainingArguments, ModelConfig))
         previous = None
         for stage in range(1, stages + 1):
+            parser = TrlParser((train.ScriptArguments, VWLMMTrainingArguments, ModelConfig))
             recipe = ["--config", str(EXAMPLES / "recipes" / world / f"stage{stage}.yaml")]
             script, training, model = parser.parse_args_and_config([*recipe, "--use_cpu", "true", "--bf16", "false"])
             assert (training.method, training.stage) == (method, stage)
@@ -399,6 +399,7 @@ class TestRecipes:
             "vision_tower": EXAMPLES / "small_world/vision_tower",
             "language_model": EXAMPLES / "small_world/llm",
             "max_steps": 1,
+            "warmup_steps": 0,
             "global_batch_size": 2,
             "per_device_train_batch_size": 2,
             "dataloader_num_workers": 0,
