@@ -39,7 +39,8 @@ from matplotlib.patches import Rectangle
 RECIPES = Path("examples/recipes/small_world_lavit")
 RUNS = Path("runs/small_world_lavit")
 LANGUAGE_MODEL = "examples/small_world/llm"
-NUM_CAPTIONS, NUM_CONVERSATIONS = 8000, 5000
+# Captions and conversations, each of which is seen once.
+SIZES = {"quick": (4800, 3200), "full": (8000, 5000)}
 # Both arms of the comparison: name, folder, and what it has in place of the recipes'.
 ARMS = {
     "text and codes": ("stage2", []),
@@ -53,11 +54,12 @@ def main() -> None:
     """Writes the data, trains both stages, and measures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=42, help="of weights and order; the data are the same for all")
+    parser.add_argument("--size", choices=SIZES, default="quick", help="how much stage 2 sees; the page has both")
     parser.add_argument("--output", type=Path, default=RUNS, help="folder of checkpoints, tables and pictures")
     args = parser.parse_args()
     start = time.monotonic()
     print("\n=== Writing the small world")
-    write_llava_dataset(RUNS / "data", NUM_CAPTIONS, NUM_CONVERSATIONS)
+    write_llava_dataset(RUNS / "data", *SIZES[args.size])
     records = read_held_out(RUNS / "data")
     print("\n=== Stage 1: the visual tokenizer")
     seed = ["--seed", str(args.seed)]
