@@ -45,8 +45,6 @@ NUM_CONVERSATIONS = 120 * 16
 GRID = 2  # rows and columns of an answer about pixels
 NUM_PIXEL_QUESTIONS = 60
 MAX_PATCHES = 4
-# Of matrices: a CPU that multiplies in bfloat16 does so, in a third of the time; others are not changed.
-PRECISION = "medium"
 
 NO_RECONSTRUCTION = ["--visual_objective", "{}"]
 PIXELS = ["--cognition_alignment", json.dumps({"pixel_share": 0.5, "index_share": 0, "grid": GRID})]
@@ -93,7 +91,6 @@ def main() -> None:
     )
     args = parser.parse_args()
     start = time.monotonic()
-    torch.set_float32_matmul_precision(PRECISION)
     print("\n=== Writing the grey world")
     write_detailed_dataset(RUNS / "data", NUM_CONVERSATIONS)
     make_starts(args.output, args.seed)
@@ -137,7 +134,6 @@ def make_starts(output: Path, seed: int) -> None:
 def run_arm(arm: Arm, output: Path, seed: int) -> dict[str, dict[str, float]]:
     """Trains an arm with a half of the cores, and returns what `measure` does."""
     torch.set_num_threads(max((os.cpu_count() or 1) // 2, 1))
-    torch.set_float32_matmul_precision(PRECISION)
     with open(output / f"{arm.folder}.log", "w") as log, redirect_stdout(log), redirect_stderr(log):
         train_arm(arm, output, ["--seed", str(seed)])
         return measure(output / arm.folder)
