@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from processing_vwlmm.transforms import get_transform
+from processing_vwlmm.transforms import count_images_in, find_image_column, get_transform
 
 from ..objectives_vwlmm import OBJECTIVES
 
@@ -69,16 +69,12 @@ class ModalityLengthGroupedSampler(Sampler):
 
 def has_image_column(dataset: Dataset) -> bool:
     """Whether the samples have images, `images` or one `image`."""
-    return "images" in dataset.column_names or "image" in dataset.column_names
+    return find_image_column(dataset.column_names) is not None
 
 
 def count_images(dataset: Dataset) -> np.ndarray:
     """How many images each sample has, `[samples]`, without reading any."""
-    name = "images" if "images" in dataset.column_names else "image"
-    images = dataset.select_columns(name).with_format("arrow")[:][name]  # file names, not pixels
-    if name == "image":
-        return np.asarray(images.is_valid()).astype(np.int64)
-    return pc.fill_null(pc.list_value_length(images), 0).to_numpy()
+    return count_images_in(dataset.select_columns(find_image_column(dataset.column_names)).with_format("arrow")[:])
 
 
 def estimate_lengths(dataset: Dataset, image_seq_length: int) -> tuple[np.ndarray, np.ndarray]:
