@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import needs_diffusers
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -24,7 +25,7 @@ PARTS = ROOT / "examples" / "small_world"
 PLACES = {"top left": (0, 0), "top right": (64, 0), "bottom left": (0, 64), "bottom right": (64, 64)}
 PERCEIVER = "model.multi_modal_projector.perceiver."
 
-pytest.importorskip("diffusers")
+pytestmark = needs_diffusers
 pytest.importorskip("matplotlib")
 
 

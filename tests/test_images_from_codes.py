@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN, make_image, tiny_text, tiny_vision
+from conftest import GOLDEN, make_image, make_vae, needs_diffusers, tiny_text, tiny_vision
 from PIL import Image
 from test_reconstruction import awaken
 from torch.testing import assert_close
@@ -23,7 +23,6 @@ from modeling_vwlmm.training.training_modules import save_training_modules
 from processing_vwlmm import VWLMMProcessor
 
 
-pytest.importorskip("diffusers")
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import images_from_codes
 from images_from_codes import (
@@ -37,6 +36,9 @@ from images_from_codes import (
     write_codes,
 )
 from reconstruct import load, paint
+
+
+pytestmark = needs_diffusers
 
 
 CODES = torch.tensor([3, 0, 7, 5, 5])
@@ -204,7 +206,7 @@ class TestPipeline:
 
 def make_sdxl(folder: Path, config) -> str:
     """Saves the parts of a tiny pipeline that reads what a decoder of this config makes."""
-    from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+    from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
@@ -222,15 +224,8 @@ def make_sdxl(folder: Path, config) -> str:
         cross_attention_dim=sum(config.condition_dims),
         norm_num_groups=4,
     )
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-    )
-    for part, name in ((unet, "unet"), (vae, "vae"), (EulerDiscreteScheduler(), "scheduler")):
+    make_vae(folder / "vae")
+    for part, name in ((unet, "unet"), (EulerDiscreteScheduler(), "scheduler")):
         part.save_pretrained(folder / name)
     return str(folder)
 

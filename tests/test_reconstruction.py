@@ -8,7 +8,6 @@ it, what of it is saved, and what is refused before a run begins.
 import copy
 import http.server
 import importlib
-import importlib.util
 import json
 import logging
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import BY_HAND, GOLDEN, make_image
+from conftest import BY_HAND, GOLDEN, make_image, needs_diffusers
 from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file
@@ -45,7 +44,6 @@ from processing_vwlmm.cutting_vwlmm import fit_grid
 N, D = 16, 48  # image tokens of an image, hidden size
 CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
 ADAPTER, TOWER, OWN = "model.multi_modal_projector.", "model.vision_tower.", "training_modules.reconstruction."
-has_diffusers = pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="diffusers is not installed")
 
 
 @pytest.fixture(params=["per_token", "sd3"])
@@ -405,7 +403,7 @@ class TestLoss:
         assert abs(found[2] - found[0]) > 1e-5
 
 
-@has_diffusers
+@needs_diffusers
 class TestPatches:
     """The high-resolution image that patches are cut from, in place of the snapshot."""
 
@@ -737,8 +735,9 @@ class TestTrainer:
         from peft import LoraConfig
 
         lora = LoraConfig(target_modules=r".*language_model.*q_proj")
+        # Before a part is read, of which there is none.
         with pytest.raises(ValueError, match="teaches adapter and vision_tower, and all of that is frozen"):
-            make_trainer({"vae": str(pipeline)}, trainer_kwargs={"peft_config": lora})
+            make_trainer({"vae": "nowhere"}, trainer_kwargs={"peft_config": lora})
         lora = LoraConfig(target_modules=r".*language_model.*q_proj", modules_to_save=["multi_modal_projector"])
         trainer = make_trainer({"vae": str(pipeline)}, trainer_kwargs={"peft_config": lora}, max_steps=4)
         before = weights(trainer.model)
@@ -922,7 +921,7 @@ class TestRefused:
         ):
             make_trainer({"vae": "somewhere"})
 
-    @has_diffusers
+    @needs_diffusers
     def test_gated_download(self, make_trainer, monkeypatch):
         """A server that answers as the Hub does to who has not accepted a licence."""
 

@@ -215,9 +215,9 @@ class VWLMMTrainer(SavesWholeCheckpoints, LoadsInOrder, SFTTrainer):
         self._base_model = base_model
         self._config = base_model.config
         self._objectives, self._weights = args.get_objectives()
+        check_taught_modules(base_model, self._objectives)
         # Now, so that PEFT leaves them alone, and not later, because the optimizer has to know them.
         attach_training_modules(base_model, self._objectives, args.seed, base_model.config.name_or_path)
-        check_taught_modules(base_model, self._objectives)
         self._encode_no_images = partial(encode_no_images, runs_tower=self._runs_tower_without_images())
         if args.text_first_share and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
             raise ValueError(
@@ -393,7 +393,7 @@ class VWLMMTrainer(SavesWholeCheckpoints, LoadsInOrder, SFTTrainer):
         if inputs.pop("is_filler", False):  # of an evaluation
             ignore_all_positions(inputs)
         means = self._means["train" if self.model.training else "eval"]
-        means.add_batch(inputs["input_ids"].numel(), count_padding(inputs), count_images(inputs))
+        means.add_batch(inputs["input_ids"].numel(), count_padding(inputs), count_images_of_batch(inputs))
         self._has_seen_images |= self.model.training and len(inputs.get("pixel_values", ())) > 0
         if isinstance(self.data_collator, VWLMMDataCollator):
             # It pads on the right, which no position before sees. Without a mask attention is cheaper, and the host
@@ -594,7 +594,7 @@ def count_padding(batch: dict[str, Any]) -> int | torch.Tensor:
     return (batch["attention_mask"] == 0).sum() if "attention_mask" in batch else 0
 
 
-def count_images(batch: dict[str, Any]) -> int | torch.Tensor:
+def count_images_of_batch(batch: dict[str, Any]) -> int | torch.Tensor:
     """Images of a batch, each of which may have several rows of `pixel_values`, without a read of the device."""
     if "patch_boxes" in batch:
         return find_snapshots(batch["patch_boxes"]).sum()
