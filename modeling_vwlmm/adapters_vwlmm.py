@@ -185,8 +185,8 @@ class SAPerceiver(nn.Module):
             )
         dtype = torch.promote_types(snapshot.dtype, torch.float32)
         boxes = patch_boxes.to(snapshot.device, dtype)
-        centres = get_token_centres(boxes.new_tensor([[0.0, 0.0, 1.0, 1.0]]), side).unsqueeze(2)  # [1, N, 1, 2]
-        others = get_token_centres(boxes, side)  # [M, N, 2]
+        centres = get_token_centres(boxes.new_tensor([[0.0, 0.0, 1.0, 1.0]]), side, side).view(1, -1, 1, 2)
+        others = get_token_centres(boxes, side, side).flatten(1, 2)  # [M, N, 2]
         others = pad_sequence(others.split(num_patches), batch_first=True).flatten(1, 2).unsqueeze(1)  # [I, 1, K, 2]
         distances = sum((centres[..., axis] - others[..., axis]).square() for axis in (0, 1))  # [I, N, K]
         return F.pad(-self.log_nearness.to(dtype).exp() * distances, (0, 0, 0, 1))

@@ -72,20 +72,19 @@ def split_patches(patch_features: torch.Tensor, patch_boxes: torch.Tensor) -> tu
     return patch_features[is_snapshot], patches
 
 
-def get_token_centres(boxes: torch.Tensor, side: int) -> torch.Tensor:
+def get_token_centres(boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """
     Where the tokens of crops are.
 
     Args:
         boxes (`torch.Tensor` of shape `[M, 4]`): (y0, x0, y1, x1) of each crop.
-        side (`int`): Tokens in a row, and in a column.
+        height, width (`int`): Tokens in a column, and in a row.
 
     Returns:
-        `torch.Tensor` of shape `[M, side * side, 2]`, (y, x) of the tokens' centres in raster order.
+        `torch.Tensor` of shape `[M, height, width, 2]`, (y, x) of the tokens' centres.
     """
-    steps = (torch.arange(side, device=boxes.device, dtype=boxes.dtype) + 0.5) / side  # [side]
-    corners, sizes = boxes[:, None, :2], (boxes[:, 2:] - boxes[:, :2]).unsqueeze(1)  # [M, 1, 2]
-    y, x = (corners + steps[:, None] * sizes).unbind(dim=-1)  # [M, side]
-    return torch.stack([y.unsqueeze(2).expand(-1, -1, side), x.unsqueeze(1).expand(-1, side, -1)], dim=-1).flatten(
-        1, 2
-    )
+    y, x = (
+        boxes[:, axis, None] + (torch.arange(n).to(boxes) + 0.5) / n * (boxes[:, axis + 2] - boxes[:, axis])[:, None]
+        for axis, n in enumerate((height, width))
+    )  # [M, height], [M, width]
+    return torch.stack([y[:, :, None].expand(-1, -1, width), x[:, None].expand(-1, height, -1)], dim=-1)

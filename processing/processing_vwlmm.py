@@ -157,7 +157,8 @@ class VWLMMProcessor(LlavaProcessor):
         resample = getattr(PIL.Image.Resampling, getattr(settings["resample"], "name", ""), settings["resample"])
         cuts = [cut(image, *size, self.max_patches, color, resample) for image in images]
         as_they_are = {"do_resize": False, "do_pad": False, "do_center_crop": False}
-        patches = iter(self.image_processor(sum(cuts, []), **{**kwargs, **as_they_are})["pixel_values"])
+        patches = [patch for of_image in cuts for patch in of_image]
+        patches = iter(self.image_processor(patches, **{**kwargs, **as_they_are})["pixel_values"])
         rows, boxes = [], []
         for image, snapshot, of_image in zip(images, snapshots, cuts, strict=True):
             rows += [snapshot, *islice(patches, len(of_image))]

@@ -18,6 +18,7 @@ from huggingface_hub.errors import GatedRepoError
 from torch import nn
 
 from ..adapters_vwlmm import to_dtype_of
+from ..patches_vwlmm import get_token_centres
 
 
 # How diffusers is installed.
@@ -152,13 +153,7 @@ def _encode_grid(height: int, width: int, size: int, like: torch.Tensor) -> torc
 
 def _sample(tokens: torch.Tensor, boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Tokens `[I, w, side, side]` at the centres of grids in boxes, `[I, w, height, width]`; at the rim the next."""
-    boxes = boxes.to(tokens.device, tokens.dtype)
-    corners, sizes = boxes[:, None, :2], (boxes[:, 2:] - boxes[:, :2])[:, None]  # [I, 1, 2]
-    y, x = (
-        2 * (corners[..., axis] + (torch.arange(n).to(boxes) + 0.5) / n * sizes[..., axis]) - 1  # [I, n], -1 to 1
-        for axis, n in enumerate((height, width))
-    )
-    grid = torch.stack([x[:, None].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], dim=-1)
+    grid = 2 * get_token_centres(boxes.to(tokens.device, tokens.dtype), height, width).flip(-1) - 1  # x, y; -1 to 1
     return F.grid_sample(tokens, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 

@@ -228,9 +228,12 @@ class Reconstructor(nn.Module):
         """The trainer tells the number of the optimiser step, from which the noise follows."""
         self.step = step
 
-    def checkpoint_activations(self, checkpoints: bool) -> None:
-        """Whether a frozen denoiser keeps no activations: of the model's own modules the model says so itself."""
-        if self.trains_denoiser or self.denoiser.transformer.gradient_checkpointing == checkpoints:
+    def checkpoint_activations_like(self, model: PreTrainedModel) -> None:
+        """Whether a frozen denoiser keeps activations, it does as the model, which knows its own modules alone."""
+        if self.trains_denoiser:
+            return
+        checkpoints = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+        if self.denoiser.transformer.gradient_checkpointing == checkpoints:
             return
         if checkpoints:
             self.denoiser.transformer.enable_gradient_checkpointing()
@@ -537,9 +540,7 @@ class Reconstruction(Objective):
 
     def predict(self, inputs: ObjectiveInputs) -> Term:
         reconstructor, batch, config = inputs.model.get_training_module(self.name), inputs.batch, inputs.model.config
-        reconstructor.checkpoint_activations(
-            any(getattr(module, "gradient_checkpointing", False) for module in inputs.model.modules())
-        )
+        reconstructor.checkpoint_activations_like(inputs.model)
         num_images = len(inputs.positions_of(self))  # all, or none
         hidden_size = config.text_config.hidden_size
         rows = inputs.hidden_states.new_empty(0, hidden_size)  # [I * l, D]
