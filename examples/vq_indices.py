@@ -205,7 +205,7 @@ def compute_file(
             digests += new
             _write_line(file, list(new))
             progress.update(len(new))
-    write_description(out, dict(zip(images, digests, strict=True)), indices, [*fields.items()])
+    write_description(out, dict(zip(images, digests, strict=True)), indices, fields)
     del indices
     os.replace(unfinished, out)
     journal.unlink()

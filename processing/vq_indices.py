@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -180,9 +180,9 @@ def compute_fingerprint(fields: dict[str, Any]) -> str:
     return digest.hexdigest()[:16]
 
 
-def write_description(path: Path, images: dict[str, str], indices: np.ndarray, fields: Sequence[tuple]) -> None:
+def write_description(path: Path, images: dict[str, str], indices: np.ndarray, fields: Mapping[str, Any]) -> None:
     """Writes the `.json` of an index file. `fields` are those of [`VQIndices`] that name the model."""
-    description = {**dict(fields), "images": images, "check": compute_check(indices)}
+    description = {**fields, "images": images, "check": compute_check(indices)}
     description["fingerprint"] = compute_fingerprint(description)
     unfinished = path.with_suffix(".json.unfinished")
     unfinished.write_text(json.dumps(description))

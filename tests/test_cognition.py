@@ -21,7 +21,7 @@ import PIL.Image
 import pyarrow as pa
 import pytest
 import torch
-from conftest import BY_HAND, GOLDEN, make_image
+from conftest import BY_HAND, GOLDEN, make_image, needs_diffusers
 from datasets import Dataset, Image, IterableDataset, List
 from torch.utils.data import DataLoader
 
@@ -511,7 +511,7 @@ def write_indices(path: Path, dataset: Dataset, model: str = "a", codebook_size:
         "grid": [5, 7],
         "image_size": 64,
     }
-    write_description(path, images, indices, [*fields.items()])
+    write_description(path, images, indices, fields)
 
 
 class TestIndices:
@@ -650,7 +650,8 @@ def small_world(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def vq():
     """A tiny random VQModel: 16 x 16 pixels to 4 x 4 indices of 20."""
-    diffusers = pytest.importorskip("diffusers")
+    import diffusers  # an optional dependency
+
     torch.manual_seed(0)
     model = diffusers.VQModel(
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -666,6 +667,7 @@ def vq():
     return model
 
 
+@needs_diffusers
 class TestIndexFile:
     def run(self, out, images, vq, batch_size=3):
         return vq_indices.compute_file(out, images, vq, "tiny", image_size=16, batch_size=batch_size)
@@ -676,7 +678,8 @@ class TestIndexFile:
 
     def test_golden(self):
         """Nearest entries, in raster order; one image after the other."""
-        quantizers = pytest.importorskip("diffusers.models.autoencoders.vae")
+        from diffusers.models.autoencoders import vae as quantizers  # an optional dependency
+
         golden = np.load(GOLDEN / "vlsa" / "vlsa.npz")
         codebook = torch.from_numpy(golden["vq.codebook"])
         quantizer = quantizers.VectorQuantizer(
