@@ -16,6 +16,7 @@ the small world itself changes.
 
 import argparse
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,9 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel
 from small_world import PATTERN_COLOURS, PATTERNS, PLACES, SHAPES, SIZES, DetailedScene, random_detailed_scene
 from torch import nn
 from tqdm import tqdm
+
+from modeling_vwlmm.training.denoisers import SD3Denoiser
+from modeling_vwlmm.training.reconstruction import add_noise, reconstruction_losses
 
 
 OUTPUT = Path(__file__).parent / "small_world"
@@ -39,10 +43,12 @@ DENOISER_SCENES, DENOISER_BATCH, DENOISER_STEPS, DENOISER_LR = 2000, 32, 400, 2e
 WIDTH, PROMPT_WIDTH, MAX_THINGS = 96, 64, 4
 
 
-def make_scenes(name: str, count: int) -> list[DetailedScene]:
+def make_scenes(
+    name: str, count: int, draw: Callable[[random.Random], DetailedScene] = random_detailed_scene
+) -> list[DetailedScene]:
     """Scenes of the grey world. Names give different ones."""
     rng = random.Random(f"{SEED}/{name}")
-    return [random_detailed_scene(rng, is_grey=True) for _ in range(count)]
+    return [draw(rng) for _ in range(count)]
 
 
 def to_pixels(scenes: list[DetailedScene]) -> torch.Tensor:
@@ -143,13 +149,19 @@ def probe_latents(vae: AutoencoderKL, num_train: int = 600, num_test: int = 200)
                 covered = F.avg_pool2d(torch.from_numpy(thing.mask())[None].float(), FACTOR // 2)[0] >= 0.75
                 features.append(latent[:, covered].mean(dim=1))
                 labels.append(list(PATTERNS).index(pattern))
-        return F.pad(torch.stack(features), (0, 1), value=1.0), torch.tensor(labels)
+        return torch.stack(features), torch.tensor(labels)
 
-    features, labels = read("probe/train", num_train)
+    return probe(*read("probe/train", num_train), *read("probe/test", num_test))
+
+
+def probe(
+    features: torch.Tensor, labels: torch.Tensor, test_features: torch.Tensor, test_labels: torch.Tensor
+) -> float:
+    """How often a linear map, fitted to features `[n, C]` and patterns `[n]`, is right about others."""
+    features, test_features = (F.pad(rows, (0, 1), value=1.0) for rows in (features, test_features))
     gram = features.T @ features + 1e-2 * torch.eye(features.shape[1])
-    weight = torch.linalg.solve(gram, features.T @ F.one_hot(labels).float())  # [17, patterns]
-    features, labels = read("probe/test", num_test)
-    return ((features @ weight).argmax(dim=-1) == labels).float().mean().item()
+    weight = torch.linalg.solve(gram, features.T @ F.one_hot(labels).float())  # [C + 1, patterns]
+    return ((test_features @ weight).argmax(dim=-1) == test_labels).float().mean().item()
 
 
 # ----------------------------------------------------------------------------------------------------------- denoiser
@@ -211,11 +223,8 @@ def get_losses(
     noise: torch.Tensor,
 ) -> torch.Tensor:
     """The loss of the clean latent, of each picture, as the objective `reconstruction` has it: `[I]`."""
-    shares = sigma.view(-1, 1, 1, 1)
-    z_t = (1 - shares) * z + shares * noise
-    prompt, pooled = condition
-    velocity = denoiser(z_t, prompt, pooled, timestep=1000 * sigma, return_dict=False)[0]
-    return (shares * (velocity - (noise - z))).square().mean(dim=(1, 2, 3))
+    z_t = add_noise(z, noise, sigma)
+    return reconstruction_losses(z, z_t, sigma, SD3Denoiser(denoiser)(z_t, sigma, *condition))
 
 
 def train_denoiser(vae: AutoencoderKL) -> tuple[SD3Transformer2DModel, CaptionEmbedding]:

@@ -11,9 +11,9 @@ has one right answer. Records and images are written in LLaVA's format, as `blip
 A vision tower with 8-pixel patches sees a scene as 8x8 patches. A scene in words is the same grid with one word a
 patch, "dark dark red circle dark …", and a language model can read it in place of the image.
 
-A detailed scene is the same at 128x128 pixels, where every shape has a pattern besides: rows, columns or checks of
-single pixels, or none. Any 2x2 pixels of it have the shape's colour on average, so that what is left of the picture at
-64x64 cannot tell one pattern from another.
+A detailed scene, of the grey world, has 128x128 pixels. Its shapes are all of one grey and have patterns: rows,
+columns or checks of single pixels, or none. Any 2x2 pixels of a shape have its grey on average, so that what is left
+of the picture at 64x64 cannot tell one pattern from another.
 """
 
 import argparse
@@ -45,8 +45,8 @@ PLACES = {"top left": (0, 0), "top right": (32, 0), "bottom left": (0, 32), "bot
 NUMBERS = ("zero", "one", "two", "three", "four")
 BACKGROUND_WORD = "dark"
 
-# Which of 2x2 pixels are brighter than a shape's colour, 1, and which are darker, -1; and of the grey world, where all
-# shapes are grey, the colour that is said of a pattern: its questions are those of other scenes.
+# Which of 2x2 pixels are brighter than a shape's grey, 1, and which are darker, -1; and the colour that is said of a
+# pattern: so the questions are those of other scenes.
 PATTERNS = {
     "plain": ((0, 0), (0, 0)),
     "rows": ((1, 1), (-1, -1)),
@@ -263,7 +263,7 @@ def random_scene(rng: random.Random) -> Scene:
 @dataclass(frozen=True)
 class DetailedScene(Scene):
     """
-    A scene of 128x128 pixels whose things have patterns.
+    A scene of the grey world, 128x128 pixels, whose things have patterns.
 
     Args:
         patterns (`tuple[str, ...]`): The pattern of each thing, as `PATTERNS` names them.
@@ -286,46 +286,31 @@ class DetailedScene(Scene):
     def ask_about(self, thing: Thing, kind: str) -> tuple[str, str]:
         """
         A question that says of a thing no more than its place, and its answer: by `kind` about its `"shape"`, which a
-        picture of half the size shows, or its `"detail"`, its colour, which of the grey world only its pattern tells.
+        picture of half the size shows, or its `"detail"`, its colour, which only its pattern tells.
         """
         place = f"shape at the {thing.place}"
         if kind == "shape":
             return f"What is the {place}?", f"the {place} is a {thing.shape}"
         return f"What colour is the {place}?", f"the {place} is {thing.colour}"
 
-    def _ask_pattern(self, rng: random.Random) -> tuple[str, str]:
-        index = rng.randrange(len(self.things))
-        place = self.things[index].place
-        return f"What pattern has the shape at the {place}?", f"the shape at the {place} has {self.patterns[index]}"
 
-
-def random_detailed_scene(rng: random.Random, is_grey: bool = False) -> DetailedScene:
-    """
-    A detailed scene of one to four things.
-
-    Args:
-        rng (`random.Random`): Draws it.
-        is_grey (`bool`, *optional*, defaults to `False`): Whether it is of the grey world.
-    """
+def random_detailed_scene(rng: random.Random) -> DetailedScene:
+    """A detailed scene of one to four things."""
     count = rng.choices((1, 2, 3, 4), weights=(3, 3, 2, 2))[0]
-    return _detail(rng, rng.sample([(pattern, shape) for pattern in PATTERNS for shape in SHAPES], count), is_grey)
+    return _detail(rng, rng.sample([(pattern, shape) for pattern in PATTERNS for shape in SHAPES], count))
 
 
-def random_twins(rng: random.Random, is_grey: bool = False) -> DetailedScene:
+def random_twins(rng: random.Random) -> DetailedScene:
     """
     A detailed scene of two things that are alike in all but place and pattern: who mixes up places is right by chance.
-
-    Args:
-        rng (`random.Random`): Draws it.
-        is_grey (`bool`, *optional*, defaults to `False`): Whether it is of the grey world.
     """
     shape, patterns = rng.choice(SHAPES), rng.sample(list(PATTERNS), 2)
-    scene = _detail(rng, [(pattern, shape) for pattern in patterns], is_grey)
+    scene = _detail(rng, [(pattern, shape) for pattern in patterns])
     first, second = scene.things
     corner, other = PLACES[first.place], PLACES[second.place]
     twin = replace(
         first,
-        colour=second.colour if is_grey else first.colour,
+        colour=second.colour,
         place=second.place,
         left=first.left - corner[0] + other[0],
         top=first.top - corner[1] + other[1],
@@ -333,16 +318,13 @@ def random_twins(rng: random.Random, is_grey: bool = False) -> DetailedScene:
     return replace(scene, things=(first, twin))
 
 
-def _detail(rng: random.Random, looks: list[tuple[str, str]], is_grey: bool) -> DetailedScene:
+def _detail(rng: random.Random, looks: list[tuple[str, str]]) -> DetailedScene:
     """A scene of things with these patterns and shapes."""
     places = sorted(rng.sample(list(PLACES), len(looks)), key=list(PLACES).index)
     things = []
     for place, (pattern, shape) in zip(places, looks, strict=True):
-        colour = PATTERN_COLOURS[pattern] if is_grey else rng.choice(list(COLOURS))
-        thing = random_thing(rng, colour, shape, rng.choice(list(SIZES)), place)
-        # Between what is darker and what is brighter there has to be room for the pattern.
-        rgb = (GREY,) * 3 if is_grey else tuple(CONTRAST + c * (255 - 2 * CONTRAST) // 255 for c in thing.rgb)
-        things.append(replace(thing, rgb=rgb))
+        thing = random_thing(rng, PATTERN_COLOURS[pattern], shape, rng.choice(list(SIZES)), place)
+        things.append(replace(thing, rgb=(GREY,) * 3))
     return DetailedScene(rng.randint(15, 75), tuple(things), tuple(pattern for pattern, _ in looks))
 
 
@@ -445,7 +427,7 @@ def write_detailed_dataset(
     held_out, records = set(), []
     for kind in DETAIL_KINDS:
         for index in range(num_held_out):
-            scene = random_twins(rng, is_grey=True) if kind == "twins" else random_detailed_scene(rng, is_grey=True)
+            scene = random_twins(rng) if kind == "twins" else random_detailed_scene(rng)
             name = f"{kind}_{index:06d}"
             scene.image().save(images / f"{name}.png")
             held_out.add(scene)
@@ -457,7 +439,7 @@ def write_detailed_dataset(
     records = []
     progress = tqdm(total=num_conversations, desc="Grey world", unit="scene")
     while len(records) < num_conversations:
-        if (scene := random_detailed_scene(rng, is_grey=True)) in held_out:
+        if (scene := random_detailed_scene(rng)) in held_out:
             continue
         name = f"instruction_{len(records):06d}"
         scene.image().save(images / f"{name}.png")
@@ -481,9 +463,8 @@ def read_held_out(folder: str | Path) -> list[dict]:
 
     Returns:
         `list[dict]`, each with `id`, `image` (a path), `kind`, `question`, `answer`, and, where scenes have no
-        detail, `patch_words`: 64 lists in
-        raster order, with the three attribute words of the patch's object, `["dark"]` for background, and nothing
-        where an object covers less than half of the patch.
+        detail, `patch_words`: 64 lists in raster order, with the three attribute words of the patch's object,
+        `["dark"]` for background, and nothing where an object covers less than half of the patch.
     """
     records = json.loads((Path(folder) / "held_out.json").read_text())
     return [record | {"image": str(Path(folder) / "images" / record["image"])} for record in records]
