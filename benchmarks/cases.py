@@ -493,7 +493,7 @@ def tower_step(size: str, with_perceiver: bool) -> Step:
 
 def alignment_step(size: str, perceives: bool, checkpoints: bool) -> Step:
     """
-    A step of stage I, its update included, on four images of five crops each: VLSA's, with reconstruction by the
+    A step of stage I, its update included, on two images of five crops each: VLSA's, with reconstruction by the
     denoiser `per_token`, or LLaVA-NeXT's layout, in which the decoder reads every crop's tokens. The loss is the same
     code in both. The tower, which is frozen and keeps nothing, has two layers.
     """
@@ -519,7 +519,7 @@ def alignment_step(size: str, perceives: bool, checkpoints: bool) -> Step:
     vision = tower_config(size, num_layers=2)
     config = VWLMMConfig(vision_config=vision, text_config=text, image_seq_length=side**2, adapter=adapter)
     model = VWLMMForConditionalGeneration(config).to(device())
-    num_images, num_crops = 4, len(BOXES)
+    num_images, num_crops = 2, len(BOXES)
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(3, vocab_size, (num_images, num_text), generator=generator)
     image = torch.full((num_images, side**2 * (1 if perceives else num_crops)), vocab_size)
