@@ -57,8 +57,9 @@ class EncodesImages:
             image_sizes (`torch.Tensor` of shape `[I, 2]`, *optional*): Sizes in pixels, for towers that need them.
             keep_mask (`torch.Tensor` of shape `[I, N]`, *optional*): Which image tokens to keep. By default all, or
                 what the visual tokenizer selects for an adapter that drops some.
-            read_as_codes (`torch.BoolTensor` of shape `[I]`, *optional*): Images of which the decoder reads the
-                embeddings of their codes.
+            read_as_codes (`torch.BoolTensor` of shape `[I]` or `torch.LongTensor` of shape `[I, N]`, *optional*):
+                Images of which the decoder reads the embeddings of their codes, or, for who has them, these codes, and
+                -1 elsewhere.
             patch_boxes (`torch.Tensor` of shape `[R, 4]`, *optional*): Where each patch is, (y0, x0, y1, x1) in the
                 unit square of its snapshot; zeros mark a snapshot. By default all rows are snapshots.
             patch_features (`torch.Tensor` of shape `[R, N, W]`, *optional*): What the tower has made of these images
@@ -145,8 +146,11 @@ class EncodesImages:
             sizes = [len(features) for features in read]
             read = self._pseudo_image_features(torch.cat(read)).split(sizes)
         if read_as_codes is not None:
-            codes = self._embed_codes(patch_features, adapted.keep_mask)  # [I, N, D]
-            read = list(torch.where(read_as_codes.to(codes.device)[:, None, None], codes, torch.stack(list(read))))
+            codes = read_as_codes.to(patch_features.device)
+            if codes.dtype == torch.bool:
+                codes = self._find_codes(patch_features, adapted.keep_mask).where(codes[:, None], -1)  # [I, N]
+            embeddings = self.get_input_embeddings()(codes.clamp_min(0) + self.config.code_offset)  # [I, N, D]
+            read = list(torch.where((codes >= 0)[..., None], embeddings, torch.stack(list(read))))
         adapted = {**adapted, "pooler_output": read, "patch_features": patch_features}
         if keeps_fixed_number:
             # The processor writes a placeholder for each token that is kept, and none for others.
@@ -163,11 +167,10 @@ class EncodesImages:
             return get_distribution(self.vm_head, image_features).to(embeddings) @ embeddings
         return self.vm_head(image_features, embeddings)  # [I * N, D]
 
-    def _embed_codes(self, patch_features: torch.Tensor, keep_mask: torch.Tensor | None) -> torch.Tensor:
+    def _find_codes(self, patch_features: torch.Tensor, keep_mask: torch.Tensor | None) -> torch.Tensor:
         if keep_mask is None:
             keep_mask = torch.ones(patch_features.shape[:2], dtype=torch.bool, device=patch_features.device)
-        codes = self.visual_tokenizer.encode(patch_features=patch_features, keep_mask=keep_mask).patch_codes  # [I, N]
-        return self.get_input_embeddings()(codes.clamp_min(0) + self.config.code_offset)  # [I, N, D]
+        return self.visual_tokenizer.encode(patch_features=patch_features, keep_mask=keep_mask).patch_codes  # [I, N]
 
     def encode_images(
         self,

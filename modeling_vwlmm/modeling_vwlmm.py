@@ -269,8 +269,9 @@ class VWLMMForConditionalGeneration(
             keep_mask (`torch.Tensor` of shape `[I, N]`, *optional*):
                 Which image tokens to keep. By default all, or what the visual tokenizer selects for an adapter that
                 drops some. The decoder does not read dropped ones, and no objective supervises them.
-            read_as_codes (`torch.BoolTensor` of shape `[I]`, *optional*):
-                Images of which the decoder reads the embeddings of their codes, as it does where it writes them.
+            read_as_codes (`torch.BoolTensor` of shape `[I]` or `torch.LongTensor` of shape `[I, N]`, *optional*):
+                Images of which the decoder reads the embeddings of their codes, as it does where it writes them; or,
+                for who has them, these codes, and -1 elsewhere.
             patch_boxes (`torch.Tensor` of shape `[rows, 4]`, *optional*):
                 Where the patch in each row of `pixel_values` is, (y0, x0, y1, x1) in the unit square of its snapshot;
                 zeros mark a snapshot. Without it every row is an image.

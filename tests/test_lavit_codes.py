@@ -70,8 +70,11 @@ class TestObjective:
         # The same through the placeholders of an image.
         keep_mask = tensors["sampled.keep_mask"][:1]
         inputs = {"input_ids": torch.tensor(prompts[:1]), "pixel_values": tensors["pixel_values"][:1]}
-        logits = model(**inputs, keep_mask=keep_mask, read_as_codes=torch.tensor([True])).logits
-        close(logits[:, kept_columns(prompts[0], keep_mask)], tensors["discrete.logits"])
+        codes = model.get_image_codes(inputs["pixel_values"], keep_mask=keep_mask)[0]  # [kept]
+        codes = torch.full(keep_mask.shape, -1).masked_scatter(keep_mask.bool(), codes)  # [1, N]
+        for read_as_codes in (torch.tensor([True]), codes):
+            logits = model(**inputs, keep_mask=keep_mask, read_as_codes=read_as_codes).logits
+            close(logits[:, kept_columns(prompts[0], keep_mask)], tensors["discrete.logits"])
 
     @pytest.mark.parametrize("training", [True, False])
     @pytest.mark.parametrize("normalization", ["apart", "together"])

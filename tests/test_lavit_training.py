@@ -314,6 +314,9 @@ class TestUnifiedPreTraining:
         trainer = train_model(make_model(trained), lavit_processor, pairs, tmp_path, text_first_share=1.0)
         batch = trainer.data_collator([pairs[0], pairs[1]])
         assert batch["read_as_codes"].tolist() == [True, False]  # a caption, a question
+        with_codes = pairs.select([0, 1]).map(tokenize_images(trained, lavit_processor), batched=True)
+        codes = trainer.data_collator([*with_codes])["read_as_codes"].tolist()
+        assert codes == [with_codes[0]["image_codes"][0], [-1] * len(codes[1])]
         text = lavit_processor.tokenizer.decode([i for i in batch["input_ids"][0].tolist() if i != 510])
         assert text.startswith("a picture") and text.index("<|image_start|><|image_end|></s>") > 0
         learned = lavit_processor.tokenizer.decode([i for i in batch["labels"][0].tolist() if i >= 0])

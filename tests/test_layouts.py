@@ -89,6 +89,7 @@ def train(checkpoint: str, data: str, output: str, runs: str) -> None:
                 stage=run["stage"],
                 method=run.get("method", "vw-lmm"),
                 chat_template=run.get("chat_template", "vicuna_v1"),
+                text_first_share=run.get("text_first_share", 0),
                 per_device_train_batch_size=run["micro_batch_size"],
                 global_batch_size=GLOBAL_BATCH_SIZE,
                 learning_rate=0.05,
@@ -213,13 +214,14 @@ def test_layouts_agree(vicuna, data, alone, tmp_path, num_processes, sharding):
 
 # LaVIT's stage 2, in which every image has a length of its own.
 LAVIT_RUNS = [
-    make_run(f"lavit_{mode}", 2, mode, 4, method="lavit", chat_template="lavit") for mode in ("plain", "packed")
+    make_run(name, 2, mode, 4, method="lavit", chat_template="lavit", text_first_share=share)
+    for name, mode, share in (("plain", "plain", 0), ("packed", "packed", 0), ("text first", "plain", 1))
 ]
 
 
 @pytest.fixture(scope="module")
-def lavit(data, tmp_path_factory) -> tuple[str, str, Path]:
-    """Checkpoint, the data with codes computed once, and a single process's runs on the data without."""
+def lavit(data, tmp_path_factory) -> tuple[str, str, str, Path]:
+    """Checkpoint, data with captions among them, these with codes computed once, and a single process's runs."""
     folder = tmp_path_factory.mktemp("lavit_alone")
     checkpoint = str(folder / "checkpoint")
     convert_lavit_checkpoint(GOLDEN / "lavit/checkpoint", checkpoint)
@@ -227,18 +229,27 @@ def lavit(data, tmp_path_factory) -> tuple[str, str, Path]:
         VWLMMForConditionalGeneration.from_pretrained(checkpoint),
         VWLMMProcessor.from_pretrained(checkpoint),
     )
-    samples = load_from_disk(data).map(tokenize_images(model, processor), batched=True, batch_size=4)
+    samples = load_from_disk(data).map(drop_question)
     samples.save_to_disk(folder / "data")
-    train(checkpoint, data, str(folder), json.dumps(LAVIT_RUNS))
-    return checkpoint, str(folder / "data"), folder
+    samples.map(tokenize_images(model, processor), batched=True, batch_size=4).save_to_disk(folder / "with_codes")
+    train(checkpoint, str(folder / "data"), str(folder), json.dumps(LAVIT_RUNS))
+    return checkpoint, str(folder / "data"), str(folder / "with_codes"), folder
+
+
+def drop_question(sample: dict[str, Any]) -> dict[str, Any]:
+    """Makes a caption, which may come before its image, of the only answer to a question about one image."""
+    messages = sample["messages"]
+    if len(messages) == 2 and len(sample["images"]) == 1:
+        messages[0]["content"] = [part for part in messages[0]["content"] if part["type"] == "image"]
+    return {"messages": messages}
 
 
 @pytest.mark.parametrize(
     "sharding", ["ddp", "fsdp2", pytest.param("zero3", marks=LONG), pytest.param("zero2", marks=LONG)]
 )
-def test_images_of_any_length(lavit, data, tmp_path, sharding):
-    """Where weights are sharded, codes are computed before."""
-    checkpoint, with_codes, alone = lavit
+def test_images_of_any_length(lavit, tmp_path, sharding):
+    """Where weights are sharded, codes are computed before. They may be read, and by one of the processes alone."""
+    checkpoint, data, with_codes, alone = lavit
     runs = [{**run, "micro_batch_size": 1} for run in LAVIT_RUNS]
     samples = data if sharding in ("ddp", "zero2") else with_codes
     environment = {**SHARDINGS[sharding], "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer,Blip2EncoderLayer,Block"}

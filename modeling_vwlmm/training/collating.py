@@ -74,9 +74,14 @@ class VWLMMDataCollator(DataCollatorForVisionLanguageModeling):
             batch = pack(batch, row_sizes, self.pad_to_multiple_of)
         batch["supervised_positions"] = find_supervised_positions(self.objectives, batch, image_token_id)
         batch["supervised_positions"]["num_padding"] = batch["input_ids"].numel() - num_tokens
-        if "pixel_values" in batch and any(TEXT_FIRST in sample for sample in samples):
-            as_codes = [TEXT_FIRST in sample for sample in samples for _ in sample.get("images") or []]
-            batch["read_as_codes"] = torch.tensor(as_codes)  # [I]
+        if self.text_first_share and "pixel_values" in batch:
+            is_read = [TEXT_FIRST in sample for sample in samples for _ in sample.get("images") or []]
+            as_codes = torch.tensor(is_read)  # [I]
+            if "image_codes" in batch:
+                # Without one to read, too: where weights are sharded, all processes have to look up embeddings.
+                batch["read_as_codes"] = batch["image_codes"].where(as_codes[:, None], -1)  # [I, N]
+            elif as_codes.any():
+                batch["read_as_codes"] = as_codes
         return batch
 
     def _put_text_first(self, sample: dict[str, Any]) -> dict[str, Any]:

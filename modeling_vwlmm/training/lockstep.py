@@ -10,7 +10,7 @@ from ..outputs_vwlmm import VWLMMImageFeaturesOutput
 from ..vision_vwlmm import make_blank_image
 
 
-def encode_no_images(model: VWLMMModel, runs_tower: bool) -> VWLMMImageFeaturesOutput:
+def encode_no_images(model: VWLMMModel, runs_tower: bool, reads_codes: bool = False) -> VWLMMImageFeaturesOutput:
     """
     Image features without a row, made by every module that images pass and connected with their parameters, which get
     a gradient of zero.
@@ -20,21 +20,24 @@ def encode_no_images(model: VWLMMModel, runs_tower: bool) -> VWLMMImageFeaturesO
         runs_tower (`bool`): Whether the vision tower is among these modules. It has to be where parameters are sharded
             (FSDP, ZeRO-3), for each module gathers its own on all processes together, and where it trains under DDP.
             Elsewhere it would run in vain.
+        reads_codes (`bool`, *optional*, defaults to `False`): Whether the embeddings of codes are looked up.
 
     Returns:
         [`VWLMMImageFeaturesOutput`] for no images.
     """
     config = model.config
     options = {"device": model.device, "dtype": model.dtype}
-    keep_mask = None
+    keep_mask = as_codes = None
+    if reads_codes:
+        as_codes = torch.full((1, config.image_seq_length), -1, device=model.device)
     if selects_tokens(config):
         # As other processes have it, which do not ask the visual tokenizer again.
         keep_mask = torch.ones(1, config.image_seq_length, dtype=torch.bool, device=model.device)
     if runs_tower:
-        images = model.get_image_features(make_blank_image(model), keep_mask=keep_mask)
+        images = model.get_image_features(make_blank_image(model), keep_mask=keep_mask, read_as_codes=as_codes)
     else:
         features = torch.zeros(1, config.image_seq_length, model.get_patch_feature_size(), **options)
-        images = model.adapt(features, keep_mask=keep_mask)
+        images = model.adapt(features, keep_mask=keep_mask, read_as_codes=as_codes)
     return VWLMMImageFeaturesOutput(
         pooler_output=[features[:0] for features in images.pooler_output],
         image_features=[features[:0] for features in images.image_features],

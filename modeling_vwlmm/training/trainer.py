@@ -218,13 +218,11 @@ class VWLMMTrainer(SavesWholeCheckpoints, LoadsInOrder, SFTTrainer):
         check_taught_modules(base_model, self._objectives)
         # Now, so that PEFT leaves them alone, and not later, because the optimizer has to know them.
         attach_training_modules(base_model, self._objectives, args.seed, base_model.config.name_or_path)
-        self._encode_no_images = partial(encode_no_images, runs_tower=self._runs_tower_without_images())
-        if args.text_first_share and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
-            raise ValueError(
-                f"`text_first_share` is {args.text_first_share}, and weights are sharded: the codes that are read "
-                "behind a caption are computed in the step, by some processes and not by others. Leave it at 0, or "
-                "use DDP or ZeRO-2."
-            )
+        self._encode_no_images = partial(
+            encode_no_images,
+            runs_tower=self._runs_tower_without_images(),
+            reads_codes=args.text_first_share > 0,
+        )
         check_processor(self.processing_class, self._config)
         check_max_length(train_dataset, args.max_length, self._config.image_seq_length)
         if args.chat_template is not None and not self._is_vision_dataset:
