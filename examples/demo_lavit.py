@@ -26,6 +26,7 @@ from evaluate import answer_questions, measure_answers
 from few_shot import answer_with_examples, read_examples
 from PIL import Image
 from small_world import COLOURS, PATCH_SIZE, SHAPES, read_held_out, write_llava_dataset
+from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer
 
 from modeling_vwlmm import VWLMMForConditionalGeneration, VWLMMVisualTokenizer
 from processing_vwlmm import VWLMMProcessor
@@ -38,7 +39,7 @@ from matplotlib.patches import Rectangle
 
 RECIPES = Path("examples/recipes/small_world_lavit")
 RUNS = Path("runs/small_world_lavit")
-LANGUAGE_MODEL = "examples/small_world/llm"
+LANGUAGE_MODEL = RUNS / "llm"
 # Captions and conversations, each of which is seen once.
 SIZES = {"quick": (4800, 3200), "full": (8000, 5000)}
 # Both arms of the comparison: name, folder, and what it has in place of the recipes'.
@@ -60,6 +61,7 @@ def main() -> None:
     start = time.monotonic()
     print("\n=== Writing the small world")
     write_llava_dataset(RUNS / "data", *SIZES[args.size])
+    make_language_model()
     records = read_held_out(RUNS / "data")
     print("\n=== Stage 1: the visual tokenizer")
     seed = ["--seed", str(args.seed)]
@@ -97,6 +99,20 @@ def main() -> None:
         f"\n{tables}\nPictures: {args.output / 'kept.png'}, {args.output / 'codes.png'}\n\n"
         f"All of it took {(time.monotonic() - start) / 60:.1f} minutes."
     )
+
+
+def make_language_model() -> None:
+    """
+    Saves the small world's LLM with a token for each word of LaVIT's prompts, which its tokenizer spells letter by
+    letter: that was nearly half of a conversation.
+    """
+    tokenizer = AutoTokenizer.from_pretrained("examples/small_world/llm")
+    tokenizer.add_tokens([AddedToken(word, lstrip=True) for word in ("Question", "Answer")])
+    model = AutoModelForCausalLM.from_pretrained("examples/small_world/llm")
+    torch.manual_seed(0)  # draws the new rows
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(LANGUAGE_MODEL)
+    tokenizer.save_pretrained(LANGUAGE_MODEL)
 
 
 def train_arm(output: Path, folder: str, options: list[str]) -> None:
