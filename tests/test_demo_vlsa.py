@@ -193,3 +193,25 @@ def test_table(demo_vlsa, world, monkeypatch):
     assert head[0] == "exact match, 3 questions each" and "nan" not in table
     assert none == ["none", "50.0%", "25.0%", "100.0%", "", "60"]
     assert some[-2:] == ["12.3 (mean colour 30.0)", "1"]
+
+
+def test_probe_reads_the_quadrant_of_each_thing(world):
+    """Else a linear map is fitted to features of other things, and finds nothing before and after."""
+    probe_reconstruction = importlib.import_module("probe_reconstruction")
+    model = VWLMMForConditionalGeneration.from_pretrained(world / "start_high").eval()
+    processor = VWLMMProcessor.from_pretrained(world / "start_high")
+    scenes = importlib.import_module("pretrain_vlsa_parts").make_scenes("test", 3)
+    features, labels = probe_reconstruction.read(model, processor, scenes)
+    things = [
+        (scene, thing, pattern)
+        for scene in scenes
+        for thing, pattern in zip(scene.things, scene.patterns, strict=True)
+    ]
+    assert len(features) == len(labels) == len(things) > 3
+    for row, label, (scene, thing, pattern) in zip(features, labels, things, strict=True):
+        with torch.no_grad():
+            tokens = model.get_image_features(**processor(images=scene.image(), return_tensors="pt")).image_features[0]
+        left, top = PLACES[thing.place]
+        quadrant = tokens.reshape(8, 8, -1)[top // 16 :, left // 16 :][:4, :4]
+        torch.testing.assert_close(row, quadrant.mean(dim=(0, 1)), atol=1e-4, rtol=0)
+        assert list(probe_reconstruction.PATTERNS)[label] == pattern
