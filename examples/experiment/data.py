@@ -81,9 +81,9 @@ def read_questions(folder: Path, name: str) -> list[dict]:
 
 def write_training_data(folder: Path, sizes: dict[str, int], held_out_looks: list[list[str]], seed: int) -> None:
     """
-    Writes `captions.json`, `conversations.json` and `images.json`, pictures without text, into `folder`. In each record
-    `image_labels` are the true words of the patches: a random attribute of the object, the background's word, or none
-    at an object's border.
+    Writes `captions.json`, `conversations.json` and `images.json`, pictures without text, into `folder`. In each
+    record `image_labels` are the true words of the patches: a random attribute of the object, the background's word,
+    or none at an object's border.
 
     Args:
         folder (`Path`): Folder to write.

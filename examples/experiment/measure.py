@@ -1,4 +1,4 @@
-"""What is measured in the experiment: answers of an arm, visual words of a stage III, and intervals over replicates."""
+"""What is measured: answers of an arm, visual words of a stage III, and intervals over replicates."""
 
 import json
 import math
@@ -154,7 +154,7 @@ def get_interval(differences: Sequence[float]) -> tuple[float, float]:
 
 
 def get_t_quantile(freedom: int) -> float:
-    """What |t| stays below in 95 of 100 cases, by halving: the distribution is a finite sum of cosines of the angle."""
+    """What |t| stays below in 95 of 100 cases, by halving: the distribution is a finite sum of cosines."""
     low, high = 0.0, math.pi / 2  # atan(t / sqrt(freedom))
     for _ in range(60):
         angle = (low + high) / 2

@@ -9,7 +9,7 @@ from modeling_vwlmm.objectives_vwlmm import OBJECTIVES, HeadRows, ObjectiveInput
 
 
 class NoWords(VisualWords):
-    """Nothing. Images without text are read as beside any other objective, so that language alone has the same steps."""
+    """Nothing: images without text are read and teach nothing, so that language alone has the steps of the others."""
 
     name = "no_words"
 

@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -79,12 +80,13 @@ def open_results(path: Path, plan: dict[str, Any]) -> dict[str, Any]:
         ValueError: If they are of another plan.
     """
     if not path.exists():
-        return {"plan": fingerprint(plan), "settings": {}}
+        return {"plan": plan, "settings": {}}
     results = json.loads(path.read_text())
-    if results["plan"] != fingerprint(plan):
+    found, expected = fingerprint(results["plan"]), fingerprint(plan)
+    if found != expected:
         raise ValueError(
-            f"{path} has results of the plan {results['plan']}, and this is plan {fingerprint(plan)}; expected the "
-            "same. Replicates of two plans are not to be mixed: choose another folder with --output."
+            f"{path} has results of the plan {found}, and this is plan {expected}; expected the same. Replicates of "
+            "two plans are not to be mixed: choose another folder with --output."
         )
     return results
 
@@ -108,7 +110,7 @@ class Phase:
         self.replicates = results["settings"].setdefault(setting, {})
 
     def run(self, pool: ProcessPoolExecutor, num_processes: int, num_replicates: int) -> None:
-        """Runs what is missing of the first so many replicates. An arm comes before the start of the next replicate."""
+        """Runs what is missing of the first so many replicates. Arms come before the start of a next replicate."""
         if any("visual_tokenizer" in self.plan["arms"][arm] for arm in self.arms):
             pool.submit(make_tokenizer, self.plan, self.output).result()
         todo = [(replicate, None) for replicate in range(num_replicates) if self.find_missing(replicate)]
@@ -151,7 +153,7 @@ class Phase:
 
 def run_start(plan: dict[str, Any], setting: str, replicate: int, output: Path) -> dict[str, Any]:
     """Writes a replicate's data, trains its stages up to III, unless that was done, and measures its visual words."""
-    folder = output / setting / f"{replicate:02d}"
+    folder, begun = output / setting / f"{replicate:02d}", time.process_time()
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "start.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
         if not (folder / "done").exists():
@@ -164,20 +166,24 @@ def run_start(plan: dict[str, Any], setting: str, replicate: int, output: Path) 
                 start = folder / f"stage{stage}"
             write_argmax_labels(folder / "data", lines["data"], start)
             (folder / "done").touch()
-        return measure_words(folder / "stage3", output / "questions")
+        measured = measure_words(folder / "stage3", output / "questions")
+        print(f"\n{time.process_time() - begun:.0f} seconds of processor time")
+        return measured
 
 
 def run_arm(plan: dict[str, Any], setting: str, replicate: int, output: Path, arm: str) -> dict[str, Any]:
     """Trains an arm from its replicate's stage III, and measures it. The checkpoint is deleted."""
-    folder, lines = output / setting / f"{replicate:02d}", plan["arms"][arm]
+    folder, lines, begun = output / setting / f"{replicate:02d}", plan["arms"][arm], time.process_time()
     with open(folder / f"{arm}.log", "w") as log, redirect_stdout(log), redirect_stderr(log):
         start, trained = folder / "stage3", folder / arm
         shutil.rmtree(trained, ignore_errors=True)
         if "visual_tokenizer" in lines:
             start = add_tokenizer(output / "tokenizer", folder / "stage3", folder / f"{arm}_start")
         train.main(write_recipe(plan, setting, 4, folder, arm, start, replicate, lines))
+        middle = time.process_time()
         measured = measure_arm(trained, output / "questions")
         shutil.rmtree(trained)
+        print(f"\n{middle - begun:.0f} + {time.process_time() - middle:.0f} seconds of processor time")
         return measured
 
 
