@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: demo demo-lavit demo-vlsa test test-long fuzz test-oldest test-peers test-lmms-eval test-vllm mutants lint bench bench-reading clean
+.PHONY: demo demo-lavit demo-vlsa experiment test test-long fuzz test-oldest test-peers test-lmms-eval test-vllm mutants lint bench bench-reading clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python examples/demo.py
@@ -14,6 +14,12 @@ demo-lavit: $(VENV)/installed
 # VLSA: what high resolution, reconstruction and pixels as text each add on details that a snapshot cannot show.
 demo-vlsa: $(VENV)/installed
 	$(VENV)/bin/python examples/demo_vlsa.py
+
+# One data set, many supervisions of image positions. `SIZE=quick` takes up to half an hour, `full` hours; both go on
+# from what is there.
+experiment: $(VENV)/installed
+	$(VENV)/bin/python examples/experiment/run.py --size $(SIZE)
+	$(VENV)/bin/python examples/experiment/report.py runs/experiment/results.json
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2

@@ -1,0 +1,129 @@
+"""
+Tables and a figure of the experiment, from its results alone:
+
+    python examples/experiment/report.py runs/experiment/results.json
+
+It prints the tables in Markdown, and writes them and the figure beside the results.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import matplotlib
+from demo import markdown_table
+from measure import SETS, get_interval
+from small_world import KINDS
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Writes `report.md` and `report.png` into the folder of the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    path = parser.parse_args(arguments).results
+    results = json.loads(path.read_text())
+    text = "\n".join(make_tables(results["plan"], name, done) for name, done in results["settings"].items() if done)
+    path.with_name("report.md").write_text(text)
+    draw(results, path.with_name("report.png"))
+    print(text)
+
+
+def get_differences(done: dict[str, dict], first: str, second: str, name: str, measure: str) -> list[float]:
+    """`measure` of the set `name`, first arm minus second, of each replicate that has both."""
+    arms = [record["arms"] for _, record in sorted(done.items(), key=lambda item: int(item[0]))]
+    return [a[first][name][measure] - a[second][name][measure] for a in arms if first in a and second in a]
+
+
+def find_comparisons(plan: dict[str, Any], done: dict[str, dict]) -> list[tuple[str, str]]:
+    """The comparisons, primary ones first, that there are replicates of."""
+    pairs = [tuple(pair) for pair in plan["primary"] + plan["comparisons"]]
+    return [pair for pair in pairs if get_differences(done, *pair, "main", "all")]
+
+
+def make_tables(plan: dict[str, Any], setting: str, done: dict[str, dict]) -> str:
+    """Arms, comparisons and visual words of a setting."""
+    columns = [("main", measure) for measure in (*KINDS, "all", "present_found", "absent_denied")]
+    columns += [(name, "all") for name in SETS[1:]]
+    header = ["arm", "replicates", *KINDS, "all", "present found", "absent denied"]
+    rows = []
+    for arm in plan["arms"]:
+        measured = [record["arms"][arm] for record in done.values() if arm in record["arms"]]
+        if measured:
+            means = [sum(m[name][measure] for m in measured) / len(measured) for name, measure in columns]
+            nll = sum(m["main"]["nll"] for m in measured) / len(measured)
+            rows.append([arm, str(len(measured)), *(f"{mean:.1%}" for mean in means), f"{nll:.3f}"])
+    arms = markdown_table([*header, *(name.replace("_", " ") for name in SETS[1:]), "nats a token"], rows)
+
+    rows = []
+    for first, second in find_comparisons(plan, done):
+        cells = [show(get_differences(done, first, second, name, "all"), 100, 1) for name in SETS]
+        number = len(get_differences(done, first, second, "main", "all"))
+        nll = show(get_differences(done, first, second, "main", "nll"), 1, 3)
+        primary = "yes" if [first, second] in plan["primary"] else ""
+        rows.append([f"{first} − {second}", primary, str(number), *cells, nll])
+    names = [f"{name.replace('_', ' ')}, {plan['questions'].get(name, plan['questions']['others'])}" for name in SETS]
+    comparisons = markdown_table(["points, questions", "primary", "replicates", *names, "nats a token"], rows)
+
+    starts = [record["stage3"] for record in done.values()]
+    rows = [
+        [name, *(show([start[name][kind] for start in starts], 1, 3, sign="") for kind in starts[0][name])]
+        for name in starts[0]
+    ]
+    words = markdown_table([f"visual words, {len(starts)} stages III, nats", *starts[0]["kl"]], rows)
+    return f"## {setting}\n\n{arms}\n{comparisons}\n{words}"
+
+
+def show(values: list[float], scale: float, digits: int, sign: str = "+") -> str:
+    """Mean and 95 % interval over replicates; of a single one there is no interval."""
+    mean, half_width = get_interval([scale * value for value in values])
+    return f"{mean:{sign}.{digits}f}" + (f" ± {half_width:.{digits}f}" if len(values) > 1 else "")
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Each comparison on `main`: a dot a replicate, a bar for the 95 % interval, and a line at zero."""
+    plan = results["plan"]
+    settings = {name: find_comparisons(plan, done) for name, done in results["settings"].items()}
+    settings = {name: pairs for name, pairs in settings.items() if pairs}
+    heights = [len(pairs) + 1.5 for pairs in settings.values()]
+    figure, axes = plt.subplots(
+        len(settings),
+        figsize=(10, 0.45 * sum(heights) + 0.6),
+        height_ratios=heights,
+        sharex=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, (setting, pairs) in zip(axes[:, 0], settings.items(), strict=True):
+        axis.axvline(0, color="black", linewidth=1)
+        means = []
+        for row, (first, second) in enumerate(pairs):
+            points = [100 * d for d in get_differences(results["settings"][setting], first, second, "main", "all")]
+            color = "tab:red" if [first, second] in plan["primary"] else "tab:blue"
+            mean, half_width = get_interval(points)
+            axis.plot(points, [row + 0.18] * len(points), "o", color=color, alpha=0.4, markersize=4)
+            if len(points) > 1:
+                axis.plot([mean - half_width, mean + half_width], [row, row], color=color, linewidth=3)
+            axis.plot(mean, row, "|", color="black", markersize=9)
+            means.append(show(points, 1, 1) + f", n = {len(points)}")
+        axis.set_title(setting, loc="left")
+        axis.set_yticks(range(len(pairs)), [f"{first} − {second}" for first, second in pairs])
+        axis.set_ylim(len(pairs) - 0.4, -0.6)
+        right = axis.secondary_yaxis("right")
+        right.set_yticks(range(len(pairs)), means)
+        right.tick_params(length=0)
+    axes[-1, 0].set_xlabel("points of exact match; a dot is a replicate, a bar the 95 % interval, red is primary")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+# Copyright 2026 The VW-LMM authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+The experiment: that every arm of the plan is a recipe that can run, that controls teach what they say, that a run
+gives the same results again and after it was stopped, and that the report's intervals are Student's.
+"""
+
+import importlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_image
+
+
+yaml = pytest.importorskip("yaml")
+pytest.importorskip("matplotlib")
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def in_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.syspath_prepend(ROOT / "examples" / "experiment")
+
+
+@pytest.fixture
+def run(in_root):
+    return importlib.import_module("run")
+
+
+@pytest.fixture
+def plan(run) -> dict:
+    return yaml.safe_load(run.PLAN.read_text())
+
+
+@pytest.fixture
+def tiny_plan(plan) -> dict:
+    """Two steps a stage, two arms, seven questions."""
+    plan["every_stage"] |= {"max_steps": 2, "global_batch_size": 4, "per_device_train_batch_size": 4}
+    plan["settings"]["scarce"]["data"] = {"captions": 8, "conversations": 4, "images": 4}
+    plan["questions"] = {"main": 4, "others": 1}
+    plan["sizes"] = {"tiny": [{"setting": "scarce", "replicates": 1, "arms": ["visual_words", "argmax"]}]}
+    return plan
+
+
+class StopsEarly(ThreadPoolExecutor):
+    """One that is interrupted when it has taken so many tasks."""
+
+    def __init__(self, num_tasks):
+        super().__init__(1)
+        self.num_tasks = num_tasks
+
+    def submit(self, *args):
+        if not self.num_tasks:
+            raise KeyboardInterrupt
+        self.num_tasks -= 1
+        return super().submit(*args)
+
+
+class TestPlan:
+    def test_each_arm_is_a_recipe(self, run, plan, tmp_path):
+        train = importlib.import_module("train")
+        kinds = (train.ScriptArguments, train.VWLMMTrainingArguments, train.ModelConfig)
+        for setting, lines in plan["settings"].items():
+            for stage in [int(name.removeprefix("stage")) for name in lines if name.startswith("stage")]:
+                for arm in plan["arms"] if stage == 4 else [None]:
+                    changes = plan["arms"].get(arm, {})
+                    start = tmp_path / "start" if stage > 1 else None
+                    recipe = run.write_recipe(plan, setting, stage, tmp_path, "arm", start, 7, changes)
+                    data, args, model = train.TrlParser(kinds).parse_args_and_config(recipe)
+                    assert args.stage == stage and args.seed == 7 and args.output_dir == str(tmp_path / "arm")
+                    assert model.model_name_or_path == (None if start is None else str(start))
+                    for entry in data.datasets:
+                        name = Path(entry["json_file"]).name
+                        assert name.split(".")[0] in lines["data"] and (".argmax." in name) == (arm == "argmax")
+                        assert Path(entry["image_folder"]) == tmp_path / "data" / "images"
+                    if arm is not None:
+                        (objective,) = changes["visual_objective"]
+                        assert args.get_visual_objective() == changes["visual_objective"]
+                        assert objective in run.objectives.OBJECTIVES or objective == "reconstruction"
+                        assert data.visual_word_temperature == (0.25 if arm == "sharpened" else None)
+                        assert data.use_pseudo_image_features == (True if arm == "pseudo_image_features" else None)
+
+    def test_what_is_compared_is_run(self, plan):
+        for phases in plan["sizes"].values():
+            arms = {arm for phase in phases for arm in phase["arms"]}
+            assert arms <= plan["arms"].keys()
+            assert all(set(pair) <= arms for pair in plan["primary"])
+        assert all(set(pair) <= arms for pair in plan["comparisons"])  # of the last size, the full one
+
+    def test_more_replicates_by_width_alone(self, run, plan, tmp_path):
+        def half_width(gain):
+            exact = {"language_alone": [0.5, 0.5, 0.5], "visual_words": [0.5 + gain, 0.51 + gain, 0.52 + gain]}
+            exact |= {"sharpened": exact["visual_words"], "true_words": exact["visual_words"]}
+            replicates = {
+                str(n): {"arms": {arm: {"main": {"all": shares[n]}} for arm, shares in exact.items()}}
+                for n in range(3)
+            }
+            results = {"plan": plan, "settings": {"scarce": replicates}}
+            return run.Phase(plan, "scarce", [*exact], tmp_path, results).get_half_width(3)
+
+        # Differences of 0, 1 and 2 points: a deviation of 1, and t = 4.3027 at two degrees of freedom.
+        assert half_width(0) == pytest.approx(4.3027 / 3**0.5, abs=1e-4)
+        assert half_width(-0.3) == pytest.approx(half_width(0.3)) == pytest.approx(half_width(0))
+
+
+class TestControls:
+    """Against the same distributions by hand, for three pictures of which one comes twice."""
+
+    @pytest.fixture
+    def batch(self, run, processor):
+        images = [make_image(seed) for seed in (0, 1, 1, 2)]
+        texts = ["<image> a", "b <image><image> c", "d <image>"]
+        inputs = processor(
+            images=[[images[0]], images[1:3], [images[3]]],
+            text=texts,
+            padding=True,
+            padding_side="right",
+            return_tensors="pt",
+        )
+        return dict(inputs)
+
+    def get_kl(self, model, batch, logits):
+        """Summed KL of the words that `logits`, `[I, N, C]`, are, over image tokens with a token before them."""
+        is_image = batch["input_ids"] == model.config.image_token_id  # [B, L]
+        words = torch.zeros(*is_image.shape, logits.shape[-1])
+        words[is_image] = logits.flatten(0, 1)
+        at = is_image[:, 1:]
+        predicted = model(**batch).logits[:, :-1][at].log_softmax(dim=-1)
+        return F.kl_div(predicted, words[:, 1:][at].log_softmax(dim=-1), reduction="sum", log_target=True)
+
+    @torch.no_grad()
+    def test_other_image(self, model, batch):
+        features = torch.stack(model.get_image_features(batch["pixel_values"]).image_features)  # [4, N, D]
+        logits = model.model.vm_head(features[[1, 3, 3, 0]])  # the second of two copies is no other picture
+        term = model(**batch, visual_objective={"other_image": 1.0}).terms["other_image"]
+        torch.testing.assert_close(term.total, self.get_kl(model, batch, logits), rtol=1e-4, atol=1e-4)
+
+    @torch.no_grad()
+    def test_uniform_words(self, model, batch):
+        term = model(**batch, visual_objective={"uniform_words": 1.0}).terms["uniform_words"]
+        logits = torch.zeros(4, model.config.image_seq_length, model.config.text_config.vocab_size)
+        torch.testing.assert_close(term.total, self.get_kl(model, batch, logits), rtol=1e-4, atol=1e-4)
+
+    def test_one_picture_has_no_other(self, model, processor, batch):
+        alone = processor(images=[make_image(0), make_image(0)], text=["<image> a"] * 2, return_tensors="pt")
+        with pytest.raises(ValueError, match="all of them the same picture"):
+            model(**alone, visual_objective={"other_image": 1.0})
+
+    def test_no_words_teach_nothing(self, model, batch):
+        output = model(**batch, labels=batch["input_ids"].clamp(max=9), visual_objective={"no_words": 1.0})
+        torch.testing.assert_close(output.loss, output.terms["language"].total / output.terms["language"].count)
+        model(**batch, visual_objective={"no_words": 1.0}).loss.backward()  # images alone have a gradient, too
+        assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+def test_data_hold_out(run, plan, tmp_path):
+    """No combination that is held out is trained or asked for but in its own set, by the texts and by the labels."""
+    looks = plan["held_out_looks"]
+    run.write_training_data(tmp_path, {"captions": 60, "conversations": 20, "images": 20}, looks, 0)
+    run.write_questions(tmp_path, 30, 12, looks)
+    records = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    captions = [record["conversations"][1]["value"] for record in records["captions"]]
+    assert all(1 <= caption.count("at the") <= 3 for caption in captions)
+    assert not any(" ".join(look) in caption for caption in captions for look in looks)
+
+    def things(name):
+        return [{tuple(words) for words in record["patch_words"] if len(words) == 3} for record in records[name]]
+
+    held_out = {tuple(look) for look in looks}
+    for name in ("main", "new_combinations", "more_objects", "noise"):
+        shown = [{thing[:2] for thing in image} & held_out for image in things(name)]
+        assert all(shown) if name == "new_combinations" else not any(shown)
+    assert all(len(image) == 4 for image in things("more_objects"))
+    assert all(len(image) <= 3 for image in things("main"))
+    assert len(records["images"]) == 20 and all(len(record["conversations"]) == 1 for record in records["images"])
+    # Labels: a third of the attributes each, which all captions but one or two name.
+    for record, caption in zip(records["captions"], captions, strict=True):
+        (labels,) = record["image_labels"]
+        said = {label for label in labels if label not in (-100, "dark")}
+        assert len(labels) == 64 and said and all(word in caption for word in said)
+
+
+def test_same_results_again_and_after_a_stop(run, tiny_plan, tmp_path):
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(tiny_plan))
+    options = ["--plan", str(tmp_path / "plan.yaml"), "--size", "tiny", "--processes", "1"]
+    run.main([*options, "--output", str(tmp_path / "whole")])
+    whole = (tmp_path / "whole" / "results.json").read_text()
+    measured = json.loads(whole)["settings"]["scarce"]["0"]
+    assert measured["arms"].keys() == {"visual_words", "argmax"} and measured["stage3"]["kl"]["all"] > 0
+    assert measured["arms"]["visual_words"]["main"]["nll"] != measured["arms"]["argmax"]["main"]["nll"] > 0
+
+    # In this process, and stopped behind the first arm; what is there is not run again.
+    stopped = tmp_path / "stopped"
+    run.write_questions(stopped / "questions", *tiny_plan["questions"].values(), tiny_plan["held_out_looks"])
+    phase = tiny_plan["sizes"]["tiny"][0]
+    with StopsEarly(2) as pool, pytest.raises(KeyboardInterrupt):  # the start, and an arm
+        results = run.open_results(stopped / "results.json", tiny_plan)
+        run.Phase(tiny_plan, phase["setting"], phase["arms"], stopped, results).run(pool, 1, 1)
+    assert list(json.loads((stopped / "results.json").read_text())["settings"]["scarce"]["0"]["arms"]) == [
+        "visual_words"
+    ]
+    with StopsEarly(2) as pool:  # the start, which is not trained again, and the other arm
+        results = run.open_results(stopped / "results.json", tiny_plan)
+        run.Phase(tiny_plan, phase["setting"], phase["arms"], stopped, results).run(pool, 1, 1)
+    assert (stopped / "results.json").read_text() == whole
+
+    tiny_plan["primary"].pop()
+    with pytest.raises(ValueError, match="results of the plan .* choose another folder"):
+        run.open_results(stopped / "results.json", tiny_plan)
+
+
+class TestReport:
+    @pytest.fixture
+    def results(self, plan):
+        def measure(share):
+            kinds = dict.fromkeys(["colour", "shape", "count", "exists", "where", "describe", "all"], share)
+            main = {**kinds, "present_found": share, "absent_denied": share, "nll": 1 - share}
+            return {"main": main} | {name: {"all": share} for name in ("new_combinations", "more_objects", "noise")}
+
+        kinds = dict.fromkeys(["object", "border", "background", "all"], 1.0)
+        replicates = {
+            str(n): {
+                "arms": {"language_alone": measure(0.5), "visual_words": measure(0.5 + n / 100)},
+                "stage3": {"entropy": kinds, "kl": kinds, "kl_place": kinds},
+            }
+            for n in range(1, 5)
+        }
+        replicates["5"] = {"arms": {"language_alone": measure(0.1)}, "stage3": replicates["1"]["stage3"]}
+        return {"plan": plan, "settings": {"scarce": replicates}}
+
+    def test_interval_by_hand(self, results, tmp_path, capsys):
+        """Differences of 1 to 4 points: mean 2.5, deviation 1.291, error 0.6455, t 3.1824. The fifth has no pair."""
+        (tmp_path / "results.json").write_text(json.dumps(results))
+        importlib.import_module("report").main([str(tmp_path / "results.json")])
+        printed = capsys.readouterr().out
+        (row,) = [line for line in printed.splitlines() if line.startswith("| visual_words − language_alone")]
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert cells[1:] == ["yes", "4", *["+2.5 ± 2.1"] * 4, "-0.025 ± 0.021"]
+        (row,) = [line for line in printed.splitlines() if line.startswith("| language_alone")]
+        assert row.split("|")[2].strip() == "5" and row.split("|")[9].strip() == "42.0%"
+        assert (tmp_path / "report.md").read_text() == printed.removesuffix("\n")
+        assert (tmp_path / "report.png").stat().st_size > 1000
+
+    def test_quantiles(self, run):
+        """Of tables of Student's distribution."""
+        for freedom, quantile in ((1, 12.7062), (2, 4.3027), (7, 2.3646), (10, 2.2281), (47, 2.0117)):
+            assert run.get_interval.__globals__["get_t_quantile"](freedom) == pytest.approx(quantile, abs=5e-5)
