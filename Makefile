@@ -15,8 +15,7 @@ demo-lavit: $(VENV)/installed
 demo-vlsa: $(VENV)/installed
 	$(VENV)/bin/python examples/demo_vlsa.py
 
-# One data set, many supervisions of image positions. `SIZE=quick` takes up to half an hour, `full` hours; both go on
-# from what is there.
+# One data set, many supervisions of image positions: `SIZE=quick`, or all of the plan. Both go on from what is there.
 experiment: $(VENV)/installed
 	$(VENV)/bin/python examples/experiment/run.py --size $(SIZE)
 	$(VENV)/bin/python examples/experiment/report.py runs/experiment/results.json

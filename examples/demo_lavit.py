@@ -39,7 +39,7 @@ from matplotlib.patches import Rectangle
 
 RECIPES = Path("examples/recipes/small_world_lavit")
 RUNS = Path("runs/small_world_lavit")
-LANGUAGE_MODEL = RUNS / "llm"
+SHIPPED_LANGUAGE_MODEL, LANGUAGE_MODEL = "examples/small_world/llm", RUNS / "llm"
 # Captions and conversations, each of which is seen once.
 SIZES = {"quick": (4800, 3200), "full": (8000, 5000)}
 # Both arms of the comparison: name, folder, and what it has in place of the recipes'.
@@ -106,9 +106,9 @@ def make_language_model() -> None:
     Saves the small world's LLM with a token for each word of LaVIT's prompts, which its tokenizer spells letter by
     letter: that was nearly half of a conversation.
     """
-    tokenizer = AutoTokenizer.from_pretrained("examples/small_world/llm")
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED_LANGUAGE_MODEL)
     tokenizer.add_tokens([AddedToken(word, lstrip=True) for word in ("Question", "Answer")])
-    model = AutoModelForCausalLM.from_pretrained("examples/small_world/llm")
+    model = AutoModelForCausalLM.from_pretrained(SHIPPED_LANGUAGE_MODEL)
     torch.manual_seed(0)  # draws the new rows
     model.resize_token_embeddings(len(tokenizer))
     model.save_pretrained(LANGUAGE_MODEL)

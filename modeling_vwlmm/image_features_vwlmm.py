@@ -145,19 +145,21 @@ class EncodesImages:
             # One call for all images: where weights are sharded, every process must call a module equally often.
             sizes = [len(features) for features in read]
             read = self._pseudo_image_features(torch.cat(read)).split(sizes)
+        patch_codes = None
         if read_as_codes is not None:
             codes = read_as_codes.to(patch_features.device)
             if codes.dtype == torch.bool:
-                codes = self._find_codes(patch_features, adapted.keep_mask).where(codes[:, None], -1)  # [I, N]
+                patch_codes = self.find_codes(patch_features, adapted.keep_mask)  # [I, N]
+                codes = patch_codes.where(codes[:, None], -1)
             embeddings = self.get_input_embeddings()(codes.clamp_min(0) + self.config.code_offset)  # [I, N, D]
             read = list(torch.where((codes >= 0)[..., None], embeddings, torch.stack(list(read))))
-        adapted = {**adapted, "pooler_output": read, "patch_features": patch_features}
+        adapted = {**adapted, "pooler_output": read, "patch_features": patch_features, "patch_codes": patch_codes}
         if keeps_fixed_number:
             # The processor writes a placeholder for each token that is kept, and none for others.
             for name in ("pooler_output", "image_features"):
                 adapted[name] = [rows[kept] for rows, kept in zip(adapted[name], keep_mask, strict=True)]
             adapted["patch_features"] = patch_features[keep_mask].unflatten(0, (len(keep_mask), -1))  # [I, kept, W]
-            adapted["keep_mask"] = None
+            adapted["keep_mask"] = adapted["patch_codes"] = None
         return VWLMMImageFeaturesOutput(**adapted)
 
     def _pseudo_image_features(self, image_features: torch.Tensor) -> torch.Tensor:
@@ -167,7 +169,11 @@ class EncodesImages:
             return get_distribution(self.vm_head, image_features).to(embeddings) @ embeddings
         return self.vm_head(image_features, embeddings)  # [I * N, D]
 
-    def _find_codes(self, patch_features: torch.Tensor, keep_mask: torch.Tensor | None) -> torch.Tensor:
+    def find_codes(self, patch_features: torch.Tensor, keep_mask: torch.Tensor | None) -> torch.Tensor:
+        """
+        The visual tokenizer's codes of patch features `[I, N, W]`, `torch.LongTensor` of shape `[I, N]`, -1 where
+        `keep_mask` `[I, N]` says that a patch is dropped. Without it all are kept.
+        """
         if keep_mask is None:
             keep_mask = torch.ones(patch_features.shape[:2], dtype=torch.bool, device=patch_features.device)
         return self.visual_tokenizer.encode(patch_features=patch_features, keep_mask=keep_mask).patch_codes  # [I, N]

@@ -464,18 +464,18 @@ class Codes(VisualWords):
         targets = inputs.batch["input_ids"].flatten()[positions.to(inputs.batch["input_ids"].device)]  # [K]
         targets = targets.to(inputs.hidden_states.device)
         if inputs.images is not None and len(inputs.images["patch_features"]):
-            features, keep_mask = inputs.images["patch_features"], inputs.images.get("keep_mask")  # [I, N, W], [I, N]
+            features = inputs.images["patch_features"]  # [I, N, W]
             if features.shape[1] != tokenizer.config.num_patches:
                 raise ValueError(
                     f"The objective `codes` makes codes of {tokenizer.config.num_patches} patches, and finds "
                     f'{features.shape[1]} features an image: those that `selection="top_k"` keeps. Train with '
                     "another selection, and `top_k` afterwards."
                 )
-            if keep_mask is None:
-                keep_mask = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
             codes = inputs.batch.get("image_codes")  # [I, N]
             if codes is None:
-                codes = tokenizer.encode(patch_features=features, keep_mask=keep_mask).patch_codes  # [I, N]
+                codes = inputs.images.get("patch_codes")  # if some images are read as codes
+            if codes is None:
+                codes = inputs.model.model.find_codes(features, inputs.images.get("keep_mask"))
             is_image = targets == config.image_token_id  # [K]
             codes = inputs.at_image_tokens(codes.flatten(), positions) + config.code_offset  # [K]
             targets = torch.where(is_image, codes, targets)

@@ -30,12 +30,15 @@ class VWLMMImageFeaturesOutput(BaseModelOutputWithPooling):
         Which image tokens the adapter keeps, if it drops some.
     global_features (`torch.Tensor` of shape `[I, D]`, *optional*):
         One feature for each image, if the adapter makes one.
+    patch_codes (`torch.LongTensor` of shape `[I, N]`, *optional*):
+        Codes of the patches and -1 for dropped ones, if they were computed for images that are read as codes.
     """
 
     image_features: list[torch.Tensor] | None = None
     patch_features: torch.Tensor | None = None
     keep_mask: torch.Tensor | None = None
     global_features: torch.Tensor | None = None
+    patch_codes: torch.Tensor | None = None
 
 
 @dataclass

@@ -17,7 +17,7 @@ from small_world import KINDS, Scene, random_scene
 
 MAX_THINGS = 3  # of a scene that is trained on
 NOISE = 40  # standard deviation of a pixel's noise, of 255
-TURN = "<image>"
+PLACEHOLDER = "<image>"
 
 
 def draw_scene(rng: random.Random, is_wanted: Callable[[Scene], bool]) -> Scene:
@@ -57,7 +57,7 @@ def write_questions(folder: Path, num_main: int, num_others: int, held_out_looks
             question, answer = scene.question(kind, rng)
             record = {"id": f"{name}_{index:04d}", "image": f"{name}_{index:04d}.png"}
             scene.image().save(folder / "images" / record["image"])
-            turns = [{"from": "human", "value": f"{TURN}\n{question}"}, {"from": "gpt", "value": answer}]
+            turns = [{"from": "human", "value": f"{PLACEHOLDER}\n{question}"}, {"from": "gpt", "value": answer}]
             records.append(record | {"kind": kind, "question": question, "answer": answer, "conversations": turns})
             records[-1]["patch_words"] = scene.true_words()
         write_json(folder / f"{name}.json", records)
@@ -99,12 +99,12 @@ def write_training_data(folder: Path, sizes: dict[str, int], held_out_looks: lis
             record = {"id": f"{name}_{index:05d}", "image": f"{name}_{index:05d}.png"}
             scene.image().save(folder / "images" / record["image"])
             if name == "captions":
-                turns = [(TURN, scene.caption())]
+                turns = [(PLACEHOLDER, scene.caption())]
             elif name == "conversations":
                 (question, answer), *rest = scene.conversation(rng)
-                turns = [(f"{TURN}\n{question}", answer), *rest]
+                turns = [(f"{PLACEHOLDER}\n{question}", answer), *rest]
             else:
-                turns = [(TURN, None)]
+                turns = [(PLACEHOLDER, None)]
             values = [(side, text) for turn in turns for side, text in zip(("human", "gpt"), turn, strict=True)]
             record["conversations"] = [{"from": side, "value": text} for side, text in values if text is not None]
             record["image_labels"] = [[rng.choice(words) if words else -100 for words in scene.true_words()]]

@@ -11,6 +11,7 @@ import torch
 from data import read_questions, write_json
 from evaluate import answer_questions, ask, measure_answers
 from PIL import Image
+from scipy import stats
 
 from modeling_vwlmm import VWLMMForConditionalGeneration, VWLMMTrainer, VWLMMTrainingArguments
 from processing_vwlmm import VWLMMProcessor, load_llava_dataset
@@ -150,24 +151,4 @@ def get_interval(differences: Sequence[float]) -> tuple[float, float]:
     if number < 2:
         return float(np.mean(differences)), math.inf
     error = np.std(differences, ddof=1) / math.sqrt(number)
-    return float(np.mean(differences)), float(get_t_quantile(number - 1) * error)
-
-
-def get_t_quantile(freedom: int) -> float:
-    """What |t| stays below in 95 of 100 cases, by halving: the distribution is a finite sum of cosines."""
-    low, high = 0.0, math.pi / 2  # atan(t / sqrt(freedom))
-    for _ in range(60):
-        angle = (low + high) / 2
-        low, high = (angle, high) if _get_t_probability(angle, freedom) < 0.95 else (low, angle)
-    return math.tan(low) * math.sqrt(freedom)
-
-
-def _get_t_probability(angle: float, freedom: int) -> float:
-    # Of |t| below tan(angle) * sqrt(freedom): Abramowitz and Stegun, 26.7.3 and 26.7.4.
-    is_odd = freedom % 2
-    term, total = (math.cos(angle) if is_odd else 1.0), 0.0
-    for k in range(1 + is_odd, freedom, 2):
-        total += term
-        term *= math.cos(angle) ** 2 * k / (k + 1)
-    total *= math.sin(angle)
-    return 2 / math.pi * (angle + total) if is_odd else total
+    return float(np.mean(differences)), float(stats.t.ppf(0.975, number - 1) * error)
