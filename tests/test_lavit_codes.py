@@ -76,6 +76,21 @@ class TestObjective:
             logits = model(**inputs, keep_mask=keep_mask, read_as_codes=read_as_codes).logits
             close(logits[:, kept_columns(prompts[0], keep_mask)], tensors["discrete.logits"])
 
+    def test_codes_that_are_read_are_those_that_are_learned(self, model, tensors, prompts):
+        """They are computed once, and the loss is the same as of codes that are computed for it."""
+        inputs = {"input_ids": torch.tensor(prompts[:1]), "pixel_values": tensors["pixel_values"][:1]}
+        inputs |= {"keep_mask": tensors["sampled.keep_mask"][:1], "visual_objective": "codes"}
+        codes = model.model.find_codes(
+            model.model.select_tokens(inputs["pixel_values"])[1], inputs["keep_mask"].bool()
+        )
+        expected = model(**inputs, read_as_codes=codes).loss
+        calls = []
+        handle = model.model.visual_tokenizer.merger.register_forward_hook(lambda *_: calls.append(1))
+        found = model(**inputs, read_as_codes=torch.tensor([True])).loss
+        handle.remove()
+        close(found, expected)
+        assert len(calls) == 1
+
     @pytest.mark.parametrize("training", [True, False])
     @pytest.mark.parametrize("normalization", ["apart", "together"])
     def test_equation_5(self, model, tensors, prompts, normalization, training):
