@@ -434,6 +434,7 @@ class Names:
             *modeling_vwlmm.training.__all__,
             TRAINING_MODULES,
             *dir(objectives_vwlmm.Objective),
+            *(name for adapter in adapters_vwlmm.ADAPTERS.values() for name in vars(adapter)),
         }
         self.names |= {name for function in functions for name in inspect.signature(function).parameters}
         self.names |= {field.name for type_ in dataclass_types for field in dataclasses.fields(type_)}
