@@ -14,6 +14,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
@@ -33,9 +34,11 @@ from evaluate import (
     measure_cognition,
 )
 from small_world import DETAIL_KINDS, read_held_out, write_detailed_dataset, write_llava_dataset
+from transformers import AddedToken
 
 from modeling_vwlmm import VWLMMForConditionalGeneration
 from processing_vwlmm import VWLMMProcessor
+from processing_vwlmm import cognition_alignment as cognition
 
 
 RECIPES = Path("examples/recipes/small_world_vlsa")
@@ -119,7 +122,7 @@ def make_starts(output: Path, seed: int) -> None:
     """What arms start from: the small world's stage II as it is, and with a new SA-Perceiver, which adds nothing."""
     if not (STAGE2 / "config.json").exists():
         print("\n=== The small world's stages I and II")
-        write_llava_dataset(demo.RUNS / "data", demo.NUM_CAPTIONS, demo.NUM_CONVERSATIONS)
+        write_llava_dataset(demo.RUNS / "data", demo.NUM_CAPTIONS, demo.NUM_CONVERSATIONS, demo.NUM_QUESTIONS)
         for stage in (1, 2):
             train.main(["--config", str(demo.RECIPES / f"stage{stage}.yaml")])
     torch.manual_seed(seed)
@@ -127,8 +130,22 @@ def make_starts(output: Path, seed: int) -> None:
         ("start_low", {}, None),
         ("start_high", {"adapter": "sa_perceiver", "adapter_config": {"max_patches": MAX_PATCHES}}, MAX_PATCHES),
     ):
-        VWLMMForConditionalGeneration.from_pretrained(STAGE2, **options).save_pretrained(output / folder)
-        VWLMMProcessor.from_pretrained(STAGE2, max_patches=max_patches).save_pretrained(output / folder)
+        model = VWLMMForConditionalGeneration.from_pretrained(STAGE2, **options)
+        processor = VWLMMProcessor.from_pretrained(STAGE2, max_patches=max_patches)
+        add_words(model, processor)
+        model.save_pretrained(output / folder)
+        processor.save_pretrained(output / folder)
+
+
+def add_words(model: VWLMMForConditionalGeneration, processor: VWLMMProcessor) -> None:
+    """
+    Adds a token for each word of the questions about pixels, which the small world's tokenizer spells letter by
+    letter: that was half of their length.
+    """
+    texts = re.sub(r"{\w+}", "", " ".join(cognition.QUESTIONS["pixel"]))
+    words = {word for word in re.findall(r"[A-Za-z]{2,}", texts) if len(processor.tokenizer.tokenize(word)) > 1}
+    processor.tokenizer.add_tokens([AddedToken(word, lstrip=True, single_word=True) for word in sorted(words)])
+    model.resize_token_embeddings(len(processor.tokenizer))
 
 
 def run_arm(arm: Arm, output: Path, seed: int) -> dict[str, dict[str, float]]:

@@ -8,6 +8,7 @@ VLSA's cognition alignment does (see `add_cognition_alignment`).
 """
 
 import argparse
+import math
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ import matplotlib
 import numpy as np
 import torch
 from PIL import Image
+from scipy import stats
 from small_world import BACKGROUND_WORD, KINDS, PATCH_SIZE, PATCHES_PER_SIDE, read_held_out
 from tqdm import tqdm
 
@@ -88,6 +90,15 @@ def measure_answers(answers: list[str], records: list[dict], kinds: Sequence[str
             asked[kind] += 1
             right[kind] += answer == record["answer"]
     return {kind: right[kind] / asked[kind] for kind in (*kinds, "all")}
+
+
+def get_interval(differences: Sequence[float]) -> tuple[float, float]:
+    """Mean of paired differences and half of the width of its 95 % interval, by Student's t."""
+    number = len(differences)
+    if number < 2:
+        return float(np.mean(differences)), math.inf
+    error = np.std(differences, ddof=1) / math.sqrt(number)
+    return float(np.mean(differences)), float(stats.t.ppf(0.975, number - 1) * error)
 
 
 def make_cognition_questions(

@@ -520,7 +520,7 @@ class TestRecipes:
                 assert {name for name in ("language_loss", "visual_loss") if name in entry} == LOSSES[stage]
                 assert math.isfinite(float(entry["loss"]))
             # The recipe's, in all stages but III other than the default. The first step is warm-up.
-            assert float(entries[1]["learning_rate"]) == {1: 2e-3, 2: 1e-3, 3: 1e-3, 4: 5e-4}[stage]
+            assert float(entries[1]["learning_rate"]) == {1: 2e-3, 2: 1e-3, 3: 5e-3, 4: 5e-4}[stage]
 
         folders = [tmp_path / f"stage{stage}" for stage in (1, 2, 3, 4)]
         stages = [json.loads((folder / "config.json").read_text())["trained_stages"] for folder in folders]

@@ -1,17 +1,14 @@
 """What is measured: answers of an arm, visual words of a stage III, and intervals over replicates."""
 
 import json
-import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from data import read_questions, write_json
 from evaluate import answer_questions, ask, measure_answers
 from PIL import Image
-from scipy import stats
 
 from modeling_vwlmm import VWLMMForConditionalGeneration, VWLMMTrainer, VWLMMTrainingArguments
 from processing_vwlmm import VWLMMProcessor, load_llava_dataset
@@ -143,12 +140,3 @@ def write_argmax_labels(data: Path, names: Sequence[str], checkpoint: Path) -> N
 def round_all(values: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     """As many digits as a repeated run has in common with the first, whatever the machine prints."""
     return {name: {key: round(value, DIGITS) for key, value in row.items()} for name, row in values.items()}
-
-
-def get_interval(differences: Sequence[float]) -> tuple[float, float]:
-    """Mean of paired differences, one a replicate, and half of the width of its 95 % interval by Student's t."""
-    number = len(differences)
-    if number < 2:
-        return float(np.mean(differences)), math.inf
-    error = np.std(differences, ddof=1) / math.sqrt(number)
-    return float(np.mean(differences)), float(stats.t.ppf(0.975, number - 1) * error)

@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import matplotlib
 from demo import markdown_table
-from measure import SETS, get_interval
+from evaluate import get_interval
+from measure import SETS
 from small_world import KINDS
 
 

@@ -30,7 +30,8 @@ import torch
 import train
 import yaml
 from data import write_questions, write_training_data
-from measure import get_interval, measure_arm, measure_words, write_argmax_labels
+from evaluate import get_interval
+from measure import measure_arm, measure_words, write_argmax_labels
 
 from modeling_vwlmm import VWLMMForConditionalGeneration, VWLMMVisualTokenizer
 from processing_vwlmm import VWLMMProcessor
@@ -202,6 +203,8 @@ def write_recipe(
     It trains `start` to `folder / name`, on data in `folder / "data"`.
     """
     recipe = yaml.safe_load((Path(plan["recipes"]) / f"stage{stage}.yaml").read_text())
+    if "visual_objective" in changes:
+        recipe.pop("visual_loss_weight")  # of the paper's objective, chosen for the demo
     recipe |= plan["every_stage"] | plan["settings"][setting][f"stage{stage}"] | changes
     labels = recipe.pop("image_labels", "true")
     suffix = ".argmax.json" if labels == "argmax" else ".json"
