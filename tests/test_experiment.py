@@ -43,17 +43,23 @@ def run(in_root):
 
 @pytest.fixture
 def plan(run) -> dict:
-    return yaml.safe_load(run.PLAN.read_text())
+    return run.read_plan(run.PLAN)
 
 
 @pytest.fixture
-def tiny_plan(plan) -> dict:
-    """Two steps a stage, two arms, seven questions."""
+def tiny_plan(run, tmp_path) -> Path:
+    """A file: two steps a stage, two arms, seven questions."""
+    plan = yaml.safe_load(run.PLAN.read_text())
     plan["every_stage"] |= {"max_steps": 2, "global_batch_size": 4, "per_device_train_batch_size": 4}
     plan["settings"]["scarce"]["data"] = {"captions": 8, "conversations": 4, "images": 4}
     plan["questions"] = {"main": 4, "others": 1}
-    plan["sizes"] = {"tiny": [{"setting": "scarce", "replicates": 1, "arms": ["visual_words", "argmax"]}]}
-    return plan
+    # 8 images at once, for as many patches as there are codes have to be kept.
+    batch = {"max_steps": 6, "global_batch_size": 8, "per_device_train_batch_size": 8}
+    plan["visual_tokenizer"]["data"] = {"captions": 8}
+    plan["visual_tokenizer"]["changes"] |= batch
+    plan["sizes"] = {"tiny": [{"setting": "scarce", "replicates": 1, "arms": ["visual_words", "codes"]}]}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+    return tmp_path / "plan.yaml"
 
 
 class StopsEarly(ThreadPoolExecutor):
@@ -150,6 +156,12 @@ class TestControls:
         torch.testing.assert_close(term.total, self.get_kl(model, batch, logits), rtol=1e-4, atol=1e-4)
 
     @torch.no_grad()
+    def test_other_objectives_see_the_images_as_they_are(self, model, batch):
+        alone = model(**batch, visual_objective={"visual_words": 1.0}).terms["visual_words"]
+        beside = model(**batch, visual_objective={"other_image": 1.0, "visual_words": 1.0}).terms["visual_words"]
+        assert beside.total == alone.total
+
+    @torch.no_grad()
     def test_uniform_words(self, model, batch):
         term = model(**batch, visual_objective={"uniform_words": 1.0}).terms["uniform_words"]
         logits = torch.zeros(4, model.config.image_seq_length, model.config.text_config.vocab_size)
@@ -195,32 +207,50 @@ def test_data_hold_out(run, plan, tmp_path):
 
 
 def test_same_results_again_and_after_a_stop(run, tiny_plan, tmp_path):
-    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(tiny_plan))
-    options = ["--plan", str(tmp_path / "plan.yaml"), "--size", "tiny", "--processes", "1"]
+    options = ["--plan", str(tiny_plan), "--size", "tiny", "--processes", "1"]
     run.main([*options, "--output", str(tmp_path / "whole")])
     whole = (tmp_path / "whole" / "results.json").read_text()
     measured = json.loads(whole)["settings"]["scarce"]["0"]
-    assert measured["arms"].keys() == {"visual_words", "argmax"} and measured["stage3"]["kl"]["all"] > 0
-    assert measured["arms"]["visual_words"]["main"]["nll"] != measured["arms"]["argmax"]["main"]["nll"] > 0
+    assert measured["arms"].keys() == {"visual_words", "codes"} and measured["stage3"]["kl"]["all"] > 0
+    assert len({arm["main"]["nll"] for arm in measured["arms"].values()}) == 2
+    assert measured["arms"]["visual_words"]["kl"]["all"] < measured["stage3"]["kl"]["all"]
 
     # In this process, and stopped behind the first arm; what is there is not run again.
-    stopped = tmp_path / "stopped"
-    run.write_questions(stopped / "questions", *tiny_plan["questions"].values(), tiny_plan["held_out_looks"])
-    phase = tiny_plan["sizes"]["tiny"][0]
-    with StopsEarly(2) as pool, pytest.raises(KeyboardInterrupt):  # the start, and an arm
-        results = run.open_results(stopped / "results.json", tiny_plan)
-        run.Phase(tiny_plan, phase["setting"], phase["arms"], stopped, results).run(pool, 1, 1)
+    stopped, plan = tmp_path / "stopped", run.read_plan(tiny_plan)
+    run.write_questions(stopped / "questions", *plan["questions"].values(), plan["held_out_looks"])
+    phase = plan["sizes"]["tiny"][0]
+    with StopsEarly(3) as pool, pytest.raises(KeyboardInterrupt):  # the tokenizer, the start, and an arm
+        results = run.open_results(stopped / "results.json", plan)
+        run.Phase(plan, phase["setting"], phase["arms"], stopped, results).run(pool, 1, 1)
     assert list(json.loads((stopped / "results.json").read_text())["settings"]["scarce"]["0"]["arms"]) == [
         "visual_words"
     ]
-    with StopsEarly(2) as pool:  # the start, which is not trained again, and the other arm
-        results = run.open_results(stopped / "results.json", tiny_plan)
-        run.Phase(tiny_plan, phase["setting"], phase["arms"], stopped, results).run(pool, 1, 1)
+    with StopsEarly(3) as pool:  # tokenizer and start, which are not trained again, and the other arm
+        results = run.open_results(stopped / "results.json", plan)
+        run.Phase(plan, phase["setting"], phase["arms"], stopped, results).run(pool, 1, 1)
     assert (stopped / "results.json").read_text() == whole
 
-    tiny_plan["primary"].pop()
+    plan["recipes"]["stage4"]["learning_rate"] *= 2  # a recipe is a part of the plan
     with pytest.raises(ValueError, match="results of the plan .* choose another folder"):
-        run.open_results(stopped / "results.json", tiny_plan)
+        run.open_results(stopped / "results.json", plan)
+    (stopped / "results.json").unlink()  # what it has trained is there
+    for folder in (stopped / "tokenizer", stopped / "scarce" / "00"):
+        with pytest.raises(ValueError, match="results of the plan .* choose another folder"):
+            run.is_done(folder, plan)
+
+
+def test_labels_of_any_record(run, vicuna, model, processor, tmp_path):
+    """One row an image, the most probable words of just that image, and none where there is no image."""
+    for seed in range(3):
+        make_image(seed).save(tmp_path / f"{seed}.png")
+    records = [{"id": "a", "image": "0.png"}, {"id": "b"}, {"id": "c", "image": ["1.png", "2.png"]}]
+    (tmp_path / "in.json").write_text(json.dumps(records))
+    run.label_images.main([vicuna, str(tmp_path / "in.json"), str(tmp_path), str(tmp_path / "out.json")])
+    labelled = json.loads((tmp_path / "out.json").read_text())
+    for record, seeds in zip(labelled, ([0], [], [1, 2]), strict=True):
+        words = [processor(images=[make_image(seed)], return_tensors="pt") for seed in seeds]
+        expected = [model.get_visual_words(**inputs).token_ids[0, :, 0].tolist() for inputs in words]
+        assert record.get("image_labels", []) == expected
 
 
 class TestReport:
@@ -229,7 +259,9 @@ class TestReport:
         def measure(share):
             kinds = dict.fromkeys(["colour", "shape", "count", "exists", "where", "describe", "all"], share)
             main = {**kinds, "present_found": share, "absent_denied": share, "nll": 1 - share}
-            return {"main": main} | {name: {"all": share} for name in ("new_combinations", "more_objects", "noise")}
+            return {"main": main, "kl": {"all": 2.0}} | {
+                name: {"all": share} for name in ("new_combinations", "more_objects", "noise")
+            }
 
         kinds = dict.fromkeys(["object", "border", "background", "all"], 1.0)
         replicates = {

@@ -1,14 +1,12 @@
 """What is measured: answers of an arm, visual words of a stage III, and intervals over replicates."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from data import read_questions, write_json
+from data import read_questions
 from evaluate import answer_questions, ask, measure_answers
-from PIL import Image
 
 from modeling_vwlmm import VWLMMForConditionalGeneration, VWLMMTrainer, VWLMMTrainingArguments
 from processing_vwlmm import VWLMMProcessor, load_llava_dataset
@@ -22,7 +20,7 @@ NUM_IMAGES = 300  # whose visual words are measured
 
 def measure_arm(checkpoint: Path, questions: Path) -> dict[str, dict[str, float]]:
     """
-    Answers to all questions, as shares that are right.
+    Answers to all questions, as shares that are right, and what is left of the divergence from the visual words.
 
     Args:
         checkpoint (`Path`): Folder of the model.
@@ -30,7 +28,7 @@ def measure_arm(checkpoint: Path, questions: Path) -> dict[str, dict[str, float]
 
     Returns:
         `dict`, by set. That of each kind and of `"all"`; for `main` also `present_found` and `absent_denied` of the
-        questions `exists`, and `nll`, nats a token of the right answers.
+        questions `exists`, and `nll`, nats a token of the right answers. Under `kl` that of [`measure_words`].
     """
     model = VWLMMForConditionalGeneration.from_pretrained(checkpoint).eval()
     processor = VWLMMProcessor.from_pretrained(checkpoint)
@@ -45,7 +43,7 @@ def measure_arm(checkpoint: Path, questions: Path) -> dict[str, dict[str, float]
         if name == "main":
             measured[name] |= measure_existence(given, records)
             measured[name]["nll"] = measure_nll(model, processor, checkpoint, questions)
-    return round_all(measured)
+    return {**round_all(measured), "kl": measure_words(checkpoint, questions)["kl"]}
 
 
 def measure_existence(answers: Sequence[str], records: Sequence[dict]) -> dict[str, float]:
@@ -83,7 +81,7 @@ def measure_nll(
 @torch.inference_mode()
 def measure_words(checkpoint: Path, questions: Path) -> dict[str, dict[str, float]]:
     """
-    Visual words `P'` where stage IV begins, behind the prompts of `main`, and what the decoder predicts, `Q`.
+    Visual words `P'` behind the prompts of `main`, and what the decoder predicts, `Q`.
 
     Returns:
         `dict`, in nats: `entropy` of the words, `kl` from them to `Q`, and `kl_place` from them to their mean over all
@@ -120,21 +118,6 @@ def measure_words(checkpoint: Path, questions: Path) -> dict[str, dict[str, floa
     return round_all(
         {name: {kind: values[of].mean().item() for kind, of in kinds.items()} for name, values in measures.items()}
     )
-
-
-def write_argmax_labels(data: Path, names: Sequence[str], checkpoint: Path) -> None:
-    """Writes each `{name}.argmax.json`: `image_labels` are the most probable visual words of a checkpoint."""
-    model = VWLMMForConditionalGeneration.from_pretrained(checkpoint).eval()
-    processor = VWLMMProcessor.from_pretrained(checkpoint)
-    for name in names:
-        records = json.loads((data / f"{name}.json").read_text())
-        for start in range(0, len(records), BATCH_SIZE):
-            batch = records[start : start + BATCH_SIZE]
-            images = [Image.open(data / "images" / record["image"]) for record in batch]
-            ids = model.get_visual_words(**processor(images=images, return_tensors="pt")).token_ids[..., 0]  # [I, N]
-            for record, labels in zip(batch, ids.tolist(), strict=True):
-                record["image_labels"] = [labels]
-        write_json(data / f"{name}.argmax.json", records)
 
 
 def round_all(values: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:

@@ -3,6 +3,8 @@ Controls of the experiment: no words, visual words of the wrong image, and words
 makes them objectives that `visual_objective` knows.
 """
 
+from dataclasses import replace
+
 import torch
 
 from modeling_vwlmm.objectives_vwlmm import OBJECTIVES, HeadRows, ObjectiveInputs, Term, VisualWords
@@ -33,7 +35,8 @@ class OtherImage(VisualWords):
         if inputs.images is not None and len(inputs.images["image_features"]):
             features = torch.stack(tuple(inputs.images["image_features"]))  # [I, N, D]
             features = features[_find_others(inputs.images["patch_features"])]
-            inputs.images = {**inputs.images, "image_features": features}
+            # A copy: others of the same step learn from the images as they are.
+            inputs = replace(inputs, images={**inputs.images, "image_features": features})
         return super().predict(inputs)
 
 

@@ -32,7 +32,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("results", type=Path)
     path = parser.parse_args(arguments).results
     results = json.loads(path.read_text())
-    text = "\n".join(make_tables(results["plan"], name, done) for name, done in results["settings"].items() if done)
+    changes = "".join(f"- {change}\n" for change in results["plan"]["changes"]) or "- none\n"
+    tables = [make_tables(results["plan"], name, done) for name, done in results["settings"].items() if done]
+    text = "\n".join([f"Changes of the plan:\n\n{changes}", *tables])
     path.with_name("report.md").write_text(text)
     draw(results, path.with_name("report.png"))
     print(text)
@@ -61,8 +63,9 @@ def make_tables(plan: dict[str, Any], setting: str, done: dict[str, dict]) -> st
         if measured:
             means = [sum(m[name][measure] for m in measured) / len(measured) for name, measure in columns]
             nll = sum(m["main"]["nll"] for m in measured) / len(measured)
-            rows.append([arm, str(len(measured)), *(f"{mean:.1%}" for mean in means), f"{nll:.3f}"])
-    arms = markdown_table([*header, *(name.replace("_", " ") for name in SETS[1:]), "nats a token"], rows)
+            kl = sum(m["kl"]["all"] for m in measured) / len(measured)
+            rows.append([arm, str(len(measured)), *(f"{mean:.1%}" for mean in means), f"{nll:.3f}", f"{kl:.2f}"])
+    arms = markdown_table([*header, *(n.replace("_", " ") for n in SETS[1:]), "nats a token", "KL at the end"], rows)
 
     rows = []
     for first, second in find_comparisons(plan, done):
@@ -90,10 +93,15 @@ def show(values: list[float], scale: float, digits: int, sign: str = "+") -> str
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Each comparison on `main`: a dot a replicate, a bar for the 95 % interval, and a line at zero."""
+    """
+    Each comparison on `main`: a dot a replicate, a bar for the 95 % interval, and a line at zero. Nothing if no
+    replicate has both arms of one yet.
+    """
     plan = results["plan"]
     settings = {name: find_comparisons(plan, done) for name, done in results["settings"].items()}
     settings = {name: pairs for name, pairs in settings.items() if pairs}
+    if not settings:
+        return
     heights = [len(pairs) + 1.5 for pairs in settings.values()]
     figure, axes = plt.subplots(
         len(settings),

@@ -25,13 +25,14 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, in this process and in those it starts
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import label_images
 import objectives  # noqa: F401  makes the controls known
 import torch
 import train
 import yaml
 from data import write_questions, write_training_data
 from evaluate import get_interval
-from measure import measure_arm, measure_words, write_argmax_labels
+from measure import measure_arm, measure_words
 
 from modeling_vwlmm import VWLMMForConditionalGeneration, VWLMMVisualTokenizer
 from processing_vwlmm import VWLMMProcessor
@@ -48,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/experiment"))
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="of one thread each")
     args = parser.parse_args(arguments)
-    plan = yaml.safe_load(args.plan.read_text())
+    plan = read_plan(args.plan)
     if args.size not in plan["sizes"]:
         parser.error(f"--size is {args.size!r}; expected one of {', '.join(plan['sizes'])}")
     results = open_results(args.output / "results.json", plan)
@@ -68,6 +69,14 @@ def main(arguments: list[str] | None = None) -> None:
                 experiment.run(pool, args.processes, number)
 
 
+def read_plan(path: Path) -> dict[str, Any]:
+    """A plan with the recipes that it builds on, which are a part of what is planned."""
+    plan = yaml.safe_load(path.read_text())
+    recipes = {f"stage{stage}": Path(plan["recipes"]) / f"stage{stage}.yaml" for stage in (1, 2, 3, 4)}
+    recipes["visual_tokenizer"] = Path(plan["visual_tokenizer"]["recipe"])
+    return plan | {"recipes": {name: yaml.safe_load(recipe.read_text()) for name, recipe in recipes.items()}}
+
+
 def fingerprint(plan: dict[str, Any]) -> str:
     """Of what a plan says, comments apart."""
     return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
@@ -83,13 +92,33 @@ def open_results(path: Path, plan: dict[str, Any]) -> dict[str, Any]:
     if not path.exists():
         return {"plan": plan, "settings": {}}
     results = json.loads(path.read_text())
-    found, expected = fingerprint(results["plan"]), fingerprint(plan)
-    if found != expected:
+    check_plan(path, fingerprint(results["plan"]), plan)
+    return results
+
+
+def check_plan(path: Path, found: str, plan: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: If what is at `path` has another fingerprint than the plan.
+    """
+    if found != (expected := fingerprint(plan)):
         raise ValueError(
             f"{path} has results of the plan {found}, and this is plan {expected}; expected the same. Replicates of "
             "two plans are not to be mixed: choose another folder with --output."
         )
-    return results
+
+
+def is_done(folder: Path, plan: dict[str, Any]) -> bool:
+    """
+    Whether a folder has been trained to its end.
+
+    Raises:
+        ValueError: If by another plan.
+    """
+    done = folder / "done"
+    if done.exists():
+        check_plan(folder, done.read_text(), plan)
+    return done.exists()
 
 
 class Phase:
@@ -157,7 +186,7 @@ def run_start(plan: dict[str, Any], setting: str, replicate: int, output: Path) 
     folder, begun = output / setting / f"{replicate:02d}", time.process_time()
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "start.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
-        if not (folder / "done").exists():
+        if not is_done(folder, plan):
             lines = plan["settings"][setting]
             write_training_data(folder / "data", lines["data"], plan["held_out_looks"], replicate)
             start = None
@@ -165,8 +194,11 @@ def run_start(plan: dict[str, Any], setting: str, replicate: int, output: Path) 
                 shutil.rmtree(folder / f"stage{stage}", ignore_errors=True)
                 train.main(write_recipe(plan, setting, stage, folder, f"stage{stage}", start, replicate, {}))
                 start = folder / f"stage{stage}"
-            write_argmax_labels(folder / "data", lines["data"], start)
-            (folder / "done").touch()
+            for name in lines["data"]:
+                data = folder / "data" / name
+                labels = [f"{data}.json", str(folder / "data" / "images"), f"{data}.argmax.json"]
+                label_images.main([str(start), *labels])
+            (folder / "done").write_text(fingerprint(plan))
         measured = measure_words(folder / "stage3", output / "questions")
         print(f"\n{time.process_time() - begun:.0f} seconds of processor time")
         return measured
@@ -202,7 +234,7 @@ def write_recipe(
     Writes the recipe of a stage as the plan has it, with an arm's `changes`, and returns the arguments that name it.
     It trains `start` to `folder / name`, on data in `folder / "data"`.
     """
-    recipe = yaml.safe_load((Path(plan["recipes"]) / f"stage{stage}.yaml").read_text())
+    recipe = dict(plan["recipes"][f"stage{stage}"])
     if "visual_objective" in changes:
         recipe.pop("visual_loss_weight")  # of the paper's objective, chosen for the demo
     recipe |= plan["every_stage"] | plan["settings"][setting][f"stage{stage}"] | changes
@@ -224,7 +256,7 @@ def write_recipe(
 def make_tokenizer(plan: dict[str, Any], output: Path) -> None:
     """Trains the visual tokenizer whose codes an arm learns, if it is not there."""
     folder, lines = output / "tokenizer", plan["visual_tokenizer"]
-    if (folder / "done").exists():
+    if is_done(folder, plan):
         return
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "tokenizer.log", "w") as log, redirect_stdout(log), redirect_stderr(log):
@@ -232,8 +264,10 @@ def make_tokenizer(plan: dict[str, Any], output: Path) -> None:
         data = ["--json_file", str(folder / "data/captions.json"), "--image_folder", str(folder / "data/images")]
         parts = ["--language_model", "examples/small_world/llm", "--output_dir", str(folder)]
         options = [["--" + key, json.dumps(value)] for key, value in (plan["every_stage"] | lines["changes"]).items()]
-        train.main(["--config", lines["recipe"], *data, *parts, *sum(options, [])])
-        (folder / "done").touch()
+        recipe = folder / "tokenizer.yaml"
+        recipe.write_text(yaml.safe_dump(plan["recipes"]["visual_tokenizer"], sort_keys=False))
+        train.main(["--config", str(recipe), *data, *parts, *sum(options, [])])
+        (folder / "done").write_text(fingerprint(plan))
 
 
 def add_tokenizer(tokenizer: Path, checkpoint: Path, folder: Path) -> Path:

@@ -1,0 +1,60 @@
+"""
+Labels for the objective `token_labels`: the most probable visual words of a checkpoint, for every image of a file in
+LLaVA's format.
+
+    python examples/experiment/label_images.py runs/stage3 data/llava_v1_5_mix665k.json data output.json
+
+The output has the records of the file; those with images get `image_labels`, one row of token ids an image.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from modeling_vwlmm import VWLMMForConditionalGeneration
+from processing_vwlmm import VWLMMProcessor
+
+
+BATCH_SIZE = 100
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Writes the labels that the command line, or `arguments` in its place, asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("json_file", type=Path)
+    parser.add_argument("image_folder", type=Path)
+    parser.add_argument("output", type=Path)
+    args = parser.parse_args(arguments)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = VWLMMForConditionalGeneration.from_pretrained(args.checkpoint).eval().to(device)
+    processor = VWLMMProcessor.from_pretrained(args.checkpoint)
+    records = json.loads(args.json_file.read_text())
+    images = [(record, name) for record in records for name in get_images(record)]
+    for record, _ in images:
+        record["image_labels"] = []
+    for start in tqdm(range(0, len(images), BATCH_SIZE), desc="Labelling", unit="batch"):
+        batch = images[start : start + BATCH_SIZE]
+        inputs = processor(images=[Image.open(args.image_folder / name) for _, name in batch], return_tensors="pt")
+        ids = model.get_visual_words(**inputs.to(device)).token_ids[..., 0]  # [I, N]
+        for (record, _), labels in zip(batch, ids.tolist(), strict=True):
+            record["image_labels"].append(labels)
+    args.output.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
+
+
+def get_images(record: dict) -> list[str]:
+    """The paths of a record's images: none, one or several."""
+    images = record.get("image") or []
+    return [images] if isinstance(images, str) else images
+
+
+if __name__ == "__main__":
+    main()
