@@ -41,7 +41,7 @@ RECIPES = Path("examples/recipes/small_world_lavit")
 RUNS = Path("runs/small_world_lavit")
 SHIPPED_LANGUAGE_MODEL, LANGUAGE_MODEL = "examples/small_world/llm", RUNS / "llm"
 # Captions and conversations, each of which is seen once.
-SIZES = {"quick": (4800, 3200), "full": (8000, 5000)}
+SIZES = {"quick": (3600, 2800), "full": (8000, 5000)}
 # Both arms of the comparison: name, folder, and what it has in place of the recipes'.
 ARMS = {
     "text and codes": ("stage2", []),

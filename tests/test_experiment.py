@@ -22,6 +22,7 @@ yaml = pytest.importorskip("yaml")
 pytest.importorskip("matplotlib")
 
 ROOT = Path(__file__).parents[1]
+SHARPENED = ("sharpened", "sharpened_other_image")
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +98,7 @@ class TestPlan:
                         (objective,) = changes["visual_objective"]
                         assert args.get_visual_objective() == changes["visual_objective"]
                         assert objective in run.objectives.OBJECTIVES or objective == "reconstruction"
-                        assert data.visual_word_temperature == (0.25 if arm == "sharpened" else None)
+                        assert data.visual_word_temperature == (0.25 if arm in SHARPENED else None)
                         assert data.use_pseudo_image_features == (True if arm == "pseudo_image_features" else None)
 
     def test_what_is_compared_is_run(self, plan):
@@ -110,7 +111,7 @@ class TestPlan:
     def test_more_replicates_by_width_alone(self, run, plan, tmp_path):
         def half_width(gain):
             exact = {"language_alone": [0.5, 0.5, 0.5], "visual_words": [0.5 + gain, 0.51 + gain, 0.52 + gain]}
-            exact |= {"sharpened": exact["visual_words"], "true_words": exact["visual_words"]}
+            exact |= {"sharpened": exact["visual_words"], "sharpened_other_image": exact["language_alone"]}
             replicates = {
                 str(n): {"arms": {arm: {"main": {"all": shares[n]}} for arm, shares in exact.items()}}
                 for n in range(3)
