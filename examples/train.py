@@ -91,6 +91,10 @@ class ScriptArguments:
     visual_word_temperature: float | None = field(
         default=None, metadata={"help": "Temperature of the visual words that stage IV learns. By default as before."}
     )
+    pseudo_image_feature_temperature: float | None = field(
+        default=None,
+        metadata={"help": "Temperature of the visual words in pseudo image features. By default as before."},
+    )
     check: bool = field(
         default=False, metadata={"help": "A dry run: print what the recipe makes of its data, and train nothing."}
     )
@@ -203,6 +207,19 @@ def read_adapter(script_args: ScriptArguments) -> dict[str, Any]:
     return adapter if options is None else {**adapter, "adapter_config": options}
 
 
+def read_config_changes(script_args: ScriptArguments) -> dict[str, Any]:
+    """
+    Fields of the model's config that a recipe sets, of which any model has all.
+
+    Raises:
+        ValueError: If a temperature is no finite number above 0.
+    """
+    names = ("use_pseudo_image_features", "visual_word_temperature", "pseudo_image_feature_temperature")
+    changes = {name: value for name in names if (value := getattr(script_args, name)) is not None}
+    VWLMMConfig(**changes)
+    return changes
+
+
 def _check_entry(entry: dict[str, Any]) -> None:
     needed = {"json_file", "image_folder"}
     if not needed <= entry.keys() <= needed | {"weight"}:
@@ -236,15 +253,15 @@ def main(args: list[str] | None = None) -> None:
     """Trains the stage that the command line, or `args` in its place, describes."""
     parser = TrlParser((ScriptArguments, VWLMMTrainingArguments, ModelConfig))
     script_args, training_args, model_args = parser.parse_args_and_config(args)
+    changes = read_config_changes(script_args)
     set_seed(training_args.seed)  # stage I draws adapter and VM head
     if script_args.check:
         sys.exit(_check(script_args, training_args, model_args))
     dataset = load_data(script_args, training_args.seed)
     training_args.check_columns(dataset)  # before any weight is loaded
     model, processor = load_model(script_args, training_args, model_args)
-    for name in ("use_pseudo_image_features", "visual_word_temperature"):
-        if getattr(script_args, name) is not None:
-            setattr(model.config, name, getattr(script_args, name))
+    for name, value in changes.items():
+        setattr(model.config, name, value)
 
     trainer = VWLMMTrainer(
         model=model,

@@ -203,8 +203,8 @@ class VWLMMConfig(LlavaConfig):
     adapter: str = "mlp"
     adapter_config: dict | None = None
     use_pseudo_image_features: bool = False
-    visual_word_temperature: float = 1.0
-    pseudo_image_feature_temperature: float = 1.0
+    visual_word_temperature: float | int = 1.0
+    pseudo_image_feature_temperature: float | int = 1.0
     trained_stages: list[int | str] | None = None
     visual_tokenizer_config: dict | PreTrainedConfig | None = None
     image_start_token_id: int | None = None
@@ -237,17 +237,26 @@ class VWLMMConfig(LlavaConfig):
                     f"{self.text_config.vocab_size} tokens; expected a row of the decoder for each code. Resize the "
                     "decoder's embeddings, or load the tokenizer that it was trained with."
                 )
-        for name in ("visual_word_temperature", "pseudo_image_feature_temperature"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(
-                    f"`{name}` is {getattr(self, name)}; expected a finite number above 0. For the most probable word "
-                    "alone, as T goes to 0, let stage IV learn `token_labels` of `get_visual_words`."
-                )
+        self.check_temperatures()
         if self.image_token_index is None:
             self.image_token_index = self.text_config.vocab_size
         self.adapter_config = self.adapter_config or {}
         self.trained_stages = self.trained_stages or []
         self.auto_map = dict(AUTO_MAP)
+
+    def check_temperatures(self) -> None:
+        """
+        Raises:
+            ValueError: If a temperature is no finite number above 0. Fields may be set behind `__init__`.
+        """
+        limits = {
+            "visual_word_temperature": " For the most probable word alone, as T goes to 0, let stage IV learn "
+            "`token_labels` of `get_visual_words`.",
+            "pseudo_image_feature_temperature": "",
+        }
+        for name, limit in limits.items():
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; expected a finite number above 0.{limit}")
 
     def to_dict(self) -> dict:
         """See `PreTrainedConfig.to_dict`. Parts keep their names on the Hub, and no folder of this machine."""

@@ -345,7 +345,8 @@ def _is_label(label: Any) -> bool:
 
 def _messages(index: int, conversations: Any, num_images: int) -> list[dict[str, Any]]:
     if not isinstance(conversations, list) or not conversations:
-        raise _malformed(index, "conversations", conversations, "a list of turns")
+        alone = ', of an image without text [{"from": "human", "value": "<image>"}]'
+        raise _malformed(index, "conversations", conversations, f"a list of turns{alone}")
     for number, turn in enumerate(conversations):
         if not isinstance(turn, dict):
             raise _malformed(index, f"conversations[{number}]", turn, "an object with 'from' and 'value'")
@@ -376,7 +377,8 @@ def _messages(index: int, conversations: Any, num_images: int) -> list[dict[str,
         messages.append({"role": ROLES[expected], "content": content})
     if not turns or (turns[-1][1]["from"] != "gpt" and not shows_image):
         raise ValueError(
-            f"record {index}: 'conversations' has no human turn with a gpt turn behind it, expected both in turn."
+            f"record {index}: 'conversations' has no human turn with a gpt turn behind it, expected both in turn, or "
+            "of an image without text one human turn alone."
         )
     return messages
 

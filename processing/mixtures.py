@@ -5,12 +5,17 @@
 import hashlib
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from datasets import Dataset, concatenate_datasets
+import pyarrow as pa
+from datasets import Dataset, Features, concatenate_datasets
 
 from .cognition_alignment import CognitionAlignment
 from .transforms import PART_COLUMN, TransformByPart, get_image_feature, get_transform, set_decoding
+
+
+LABELS = "image_labels"
 
 
 def mix_datasets(datasets: Sequence[Dataset], weights: Sequence[float], seed: int = 0) -> Dataset:
@@ -23,7 +28,8 @@ def mix_datasets(datasets: Sequence[Dataset], weights: Sequence[float], seed: in
     which dataset a sample is from; samples are read without it.
 
     Args:
-        datasets (`Sequence[datasets.Dataset]`): With the same columns.
+        datasets (`Sequence[datasets.Dataset]`):
+            With the same columns. Where some have `image_labels` and others have not, these get a column of nulls.
         weights (`Sequence[float]`): How often a sample of each is seen in one pass; positive.
         seed (`int`, *optional*, defaults to 0): Of the draws.
 
@@ -37,7 +43,7 @@ def mix_datasets(datasets: Sequence[Dataset], weights: Sequence[float], seed: in
     datasets = list(datasets)
     if not datasets or len(datasets) != len(weights):
         raise ValueError(f"Found {len(datasets)} datasets and {len(weights)} weights, expected one for each.")
-    datasets, transform = _join_transforms(datasets)
+    datasets, transform = _join_transforms(_add_labels(datasets))
     for number, (dataset, weight) in enumerate(zip(datasets, weights, strict=True)):
         is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
         if not is_number or not math.isfinite(weight) or weight <= 0:
@@ -68,6 +74,22 @@ def mix_datasets(datasets: Sequence[Dataset], weights: Sequence[float], seed: in
     content = repr(([dataset._fingerprint for dataset in datasets], [float(weight) for weight in weights], seed))
     mixed._fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
     return mixed
+
+
+def _add_labels(datasets: list[Dataset]) -> list[Dataset]:
+    """The datasets, all with `image_labels` if one has them: samples that have none are learned without."""
+    labels = next((dataset.features[LABELS] for dataset in datasets if LABELS in dataset.column_names), None)
+    return [
+        dataset if labels is None or LABELS in dataset.column_names else _add_nulls(dataset, labels)
+        for dataset in datasets
+    ]
+
+
+def _add_nulls(dataset: Dataset, feature: Any) -> Dataset:
+    nulls = pa.nulls(len(dataset), Features({LABELS: feature}).arrow_schema.field(LABELS).type)
+    added = dataset.add_column(LABELS, nulls, feature=feature)
+    added._fingerprint, added.num_skipped_samples = dataset._fingerprint, getattr(dataset, "num_skipped_samples", 0)
+    return added
 
 
 def _join_transforms(datasets: list[Dataset]) -> tuple[list[Dataset], TransformByPart | None]:

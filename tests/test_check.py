@@ -68,13 +68,30 @@ def test_samples_that_would_stop_the_run(dry_run, tmp_path):
     code, printed = dry_run()
     assert code == 1
     assert f"12 samples, {uses + 1} would stop the run" in printed
-    assert f"  1: 'conversations' is missing, expected a list of turns ({records[1]['id']!r})" in printed
+    assert "  1: 'conversations' is missing, expected a list of turns, of an image without text [{" in printed
+    assert f"({records[1]['id']!r})" in printed
     assert f"  {uses}: bad image: " in printed
     assert "optimizer steps" not in printed
     code, printed = dry_run("--on_bad_image", "skip")
     assert code == 1
     assert "12 samples, 1 would stop the run" in printed
     assert f"{uses} would be skipped" in printed
+
+
+def test_images_without_text_are_all_that_a_visual_tokenizer_reads(dry_run, tmp_path):
+    records = json.loads((tmp_path / "captions.json").read_text())
+    alone = [record | {"conversations": record["conversations"][:1]} for record in records]
+    (tmp_path / "captions.json").write_text(json.dumps(alone))
+    code, printed = dry_run()
+    assert code == 1 and "12 samples, 12 would stop the run" in printed
+    code, printed = dry_run("--method", "lavit", "--learning_rate", "1e-3")
+    assert code == 0 and "12 samples, 0 would stop the run" in printed
+
+
+@pytest.mark.parametrize("name", ["visual_word_temperature", "pseudo_image_feature_temperature"])
+def test_temperature_that_is_none(dry_run, name):
+    with pytest.raises(ValueError, match=f"`{name}` is -1.0; expected a finite number above 0"):
+        dry_run(f"--{name}", "-1")
 
 
 def test_processes_and_time(dry_run):

@@ -844,6 +844,15 @@ class TestConfig:
         with pytest.raises(ValueError, match=f"`{name}` is {value}; expected a finite number above 0"):
             VWLMMConfig(**{name: value})
 
+    def test_temperatures_that_are_set_later(self, vicuna, tmp_path):
+        """By keywords, which are checked as in the config; and they are saved, also as whole numbers."""
+        with pytest.raises(ValueError, match="`visual_word_temperature` is -1.0; expected a finite number above 0"):
+            VWLMMForConditionalGeneration.from_pretrained(vicuna, visual_word_temperature=-1.0)
+        model = VWLMMForConditionalGeneration.from_pretrained(vicuna, visual_word_temperature=2)
+        model.save_pretrained(tmp_path)
+        loaded = VWLMMForConditionalGeneration.from_pretrained(tmp_path)
+        assert loaded.config.visual_word_temperature == 2 and loaded.config.pseudo_image_feature_temperature == 1.0
+
     def test_placeholder_is_one_past_the_vocabulary(self):
         assert VWLMMConfig().image_token_id == VWLMMConfig().text_config.vocab_size == 32000
 

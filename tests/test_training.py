@@ -21,7 +21,7 @@ from modeling_vwlmm import VWLMMForConditionalGeneration, VWLMMTrainer, VWLMMTra
 from modeling_vwlmm.training.packing import count_tokens, pack_rows
 from modeling_vwlmm.training.sampling import estimate_lengths
 from modeling_vwlmm.training.trainer import set_trainable_parameters
-from processing_vwlmm import VWLMMProcessor
+from processing_vwlmm import VWLMMProcessor, mix_datasets
 
 
 IMAGE = 480  # id of the placeholder
@@ -1065,13 +1065,52 @@ class TestImagesWithoutText:
         learned = "model.vm_head.weight" if stage == 3 else "model.language_model.layers.0.mlp.up_proj.weight"
         assert not torch.equal(model.state_dict()[learned], before[learned])
 
-    def test_a_run_that_learns_answers_alone_refuses_them(self, model, processor, images, tmp_path):
-        args = VWLMMTrainingArguments(
-            str(tmp_path), stage=2, **{**BY_HAND, "per_device_train_batch_size": 4, "global_batch_size": 4}
-        )
-        data = datasets.Dataset.from_list(images)
-        trainer = VWLMMTrainer(model=model, args=args, train_dataset=data, processing_class=processor)
-        with pytest.raises(
-            ValueError, match="Sample 'image [0-3]': It has no answer, and this run learns answers alone"
-        ):
+    def make(self, model, processor, data, tmp_path, **options):
+        options = {**BY_HAND, "per_device_train_batch_size": 4, "global_batch_size": 4, **options}
+        args = VWLMMTrainingArguments(str(tmp_path), **options)
+        data = data if isinstance(data, datasets.IterableDataset) else datasets.Dataset.from_list(data)
+        return VWLMMTrainer(model=model, args=args, train_dataset=data, processing_class=processor)
+
+    def test_a_run_that_learns_answers_alone_refuses_them(self, model, processor, images, dataset, tmp_path):
+        """Before a step is taken, of data to evaluate, too; of a stream in the step that meets one."""
+        with pytest.raises(ValueError, match="4 of 4 samples have no answer, the first of them 'image 0'"):
+            self.make(model, processor, images, tmp_path, stage=2)
+        args = VWLMMTrainingArguments(str(tmp_path), stage=2, **BY_HAND)
+        data = {"eval_dataset": {"text": dataset, "images": datasets.Dataset.from_list(images)}}
+        with pytest.raises(ValueError, match="4 of 4 samples have no answer"):
+            VWLMMTrainer(model=model, args=args, train_dataset=dataset, processing_class=processor, **data)
+        stream = datasets.Dataset.from_list(images).to_iterable_dataset()
+        trainer = self.make(model, processor, stream, tmp_path, stage=2, max_steps=1)
+        with pytest.raises(ValueError, match="Sample 'image [0-3]': It has no answer, and nothing else"):
             trainer.train()
+
+    def test_without_labels_nothing_is_learned(self, model, processor, images, tmp_path):
+        data = [{**image, "image_labels": None} for image in images[:3]]
+        data.append({**images[3], "image_labels": [["-100"] * model.config.image_seq_length]})
+        trainer = self.make(model, processor, data, tmp_path, stage=4, visual_objective="token_labels")
+        with pytest.raises(ValueError, match="It has no answer, and nothing else of it is learned by .*token_labels"):
+            trainer.train()
+
+    def test_texts_without_an_answer(self, model, processor, images, tmp_path):
+        message = {"role": "user", "content": [{"type": "text", "text": "Hello"}]}
+        data = [*images, {"id": "text", "messages": [message], "images": []}]
+        trainer = self.make(
+            model, processor, data, tmp_path, stage=4, per_device_train_batch_size=5, global_batch_size=5
+        )
+        with pytest.raises(ValueError, match="Sample 'text': It has no answer, and nothing else of it is learned"):
+            trainer.train()
+
+    def test_a_mixture_without_labels_of_all(self, model, processor, images, dataset, tmp_path):
+        labels = [[7] * model.config.image_seq_length]
+        labelled = datasets.Dataset.from_list([{**image, "image_labels": labels} for image in images])
+        plain = datasets.Dataset.from_list(images)
+        mixed = mix_datasets([plain, labelled], [1, 2])
+        assert [sample["image_labels"] for sample in mixed] == [None] * 4 + [labels] * 8
+        assert mix_datasets([plain, plain], [1, 1]).column_names == plain.column_names
+
+    def test_no_loss_where_nothing_was_learned(self, model, processor, images, tmp_path):
+        trainer = self.make(model, processor, images, tmp_path, stage=4)
+        trainer.train()
+        entry = next(entry for entry in trainer.state.log_history if "visual_words_loss" in entry)
+        assert entry["num_text_positions"] == 0 and "language_loss" not in entry
+        assert not {name for name in trainer.evaluate(trainer.train_dataset) if "language_loss" in name}

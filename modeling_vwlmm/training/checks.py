@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import ProcessorMixin
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 
 
 logger = logging.get_logger(__name__)
+# Of a dataset that is looked through.
+ROWS_AT_ONCE = 10_000
 
 
 def all_datasets(datasets: Any) -> list[Dataset | IterableDataset]:
@@ -109,6 +114,36 @@ def check_form(dataset: Dataset | IterableDataset, assistant_only_loss: bool) ->
             f"The dataset has {columns}, and no conversation that says what the assistant's part is. Give it "
             "`messages`, or `prompt` and `completion` that are lists of messages; with `assistant_only_loss=False` "
             "all of a text is learned."
+        )
+
+
+def check_answers(dataset: Dataset | IterableDataset, args: VWLMMTrainingArguments) -> None:
+    """Refuses samples without an answer where answers alone are learned, before a step that would meet one."""
+    objectives, _ = args.get_objectives()
+    is_read = isinstance(dataset, Dataset) and "messages" in dataset.column_names
+    if not is_read or not args.assistant_only_loss or [*objectives] != ["language"]:
+        return
+    number, first = 0, None
+    for begin, table in enumerate(dataset.select_columns("messages").with_format("arrow").iter(ROWS_AT_ONCE)):
+        messages = table["messages"].combine_chunks()
+        if not pa.types.is_struct(messages.type.value_type):
+            return
+        parts = messages.flatten()
+        is_learned = pc.equal(parts.field("role"), "assistant")
+        if parts.type.get_field_index("is_caption") >= 0:  # a text without a question, all of which is learned
+            is_learned = pc.or_(is_learned, parts.field("is_caption").fill_null(False))
+        answered = pc.list_parent_indices(messages).filter(is_learned)
+        rows = np.flatnonzero(np.asarray(pc.list_value_length(messages).fill_null(0)) > 0)
+        rows = np.setdiff1d(rows, answered)
+        if first is None and len(rows):
+            first = begin * ROWS_AT_ONCE + int(rows[0])
+        number += len(rows)
+    if number:
+        name = dataset.select_columns("id")[first]["id"] if "id" in dataset.column_names else first
+        raise ValueError(
+            f"{number} of {len(dataset)} samples have no answer, the first of them {name!r}, and this run learns "
+            "answers alone. Leave them out, or train them in a stage with an objective that learns from images, such "
+            "as `visual_words`."
         )
 
 

@@ -114,19 +114,35 @@ class VWLMMDataCollator(DataCollatorForVisionLanguageModeling):
     def _collate(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         for example in examples:
             check_sample(example)
-            self._check_teaches(example)
         batch = super().torch_call(examples)
         for objective in self.objectives.values():
             batch |= objective.collate(examples, self.processor, self.image_seq_length)
+        if self.assistant_only_loss and self.objectives:
+            self._check_teaches(examples, batch)
         return batch
 
-    def _check_teaches(self, example: dict[str, Any]) -> None:
-        roles = {message["role"] for message in example.get("messages") or []}
-        if self.assistant_only_loss and roles and "assistant" not in roles and [*self.objectives] == ["language"]:
+    def _check_teaches(self, examples: list[dict[str, Any]], batch: dict[str, torch.Tensor]) -> None:
+        """Refuses samples without an answer of which nothing is learned: their losses would be 0 without a word."""
+        if not any(is_unanswered(example) for example in examples):
+            return
+        has_images = torch.tensor([bool(example.get("images")) for example in examples])  # [S]
+        learns = torch.zeros_like(has_images)  # [S]
+        for objective in self.objectives.values():
+            if objective.counts_images:
+                learns |= has_images
+            else:
+                learns |= objective.positions(batch, self.processor.image_token_id).any(dim=1)
+        if not all(learns[row] for row, example in enumerate(examples) if is_unanswered(example)):
             raise ValueError(
-                "It has no answer, and this run learns answers alone. Leave it out, or train it in a stage with an "
-                "objective that learns from images, such as `visual_words`."
+                f"It has no answer, and nothing else of it is learned by {', '.join(self.objectives)}. Leave it out, "
+                "or train it in a stage with an objective that learns from its images, such as `visual_words`."
             )
+
+
+def is_unanswered(sample: dict[str, Any]) -> bool:
+    """Whether a sample has messages, and none of the assistant's."""
+    roles = {message["role"] for message in sample.get("messages") or []}
+    return bool(roles) and "assistant" not in roles
 
 
 def _is_image_alone(content: str | list[dict[str, Any]]) -> bool:

@@ -48,6 +48,7 @@ from .checkpoints import (
 )
 from .checks import (
     all_datasets,
+    check_answers,
     check_form,
     check_max_length,
     check_options,
@@ -164,6 +165,7 @@ class VWLMMTrainer(SavesWholeCheckpoints, LoadsInOrder, SFTTrainer):
             args.check_columns(dataset)
             if kwargs.get("data_collator") is None and kwargs.get("formatting_func") is None:
                 check_form(dataset, args.assistant_only_loss)
+                check_answers(dataset, args)
         model_init_kwargs = args.model_init_kwargs
         if isinstance(model, str):
             args.model_init_kwargs = None  # TRL would say that they are ignored
@@ -359,14 +361,17 @@ class VWLMMTrainer(SavesWholeCheckpoints, LoadsInOrder, SFTTrainer):
                 )
             for name, positions in batch["supervised_positions"]["by_objective"].items():
                 counts[name] += len(positions)
+        self._num_text_positions = counts.get("language", 0)
         if self.accelerator.num_processes > 1:
             # Whole numbers: FSDP casts what has a point, and bf16 counts to 256.
             votes = int(self._stop_signals.received)
             *total, self._stop_votes = self.accelerator.reduce(
                 torch.tensor([*counts.values(), votes], device=device), "sum"
             )
+            totals = dict(zip(counts, total, strict=True))
+            self._num_text_positions = totals.get("language", 0)
             if self.args.average_tokens_across_devices:
-                counts = dict(zip(counts, total, strict=True))
+                counts = totals
         return batches, counts
 
     def _select_tokens(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -452,9 +457,10 @@ class VWLMMTrainer(SavesWholeCheckpoints, LoadsInOrder, SFTTrainer):
             values["stops"] = self._stop_votes
             # Of all processes, so that they agree. Each has its share times their number.
             values["loss"] = self.accelerator.reduce(values["loss"], "mean")
+        values["text"] = torch.as_tensor(self._num_text_positions, device=values["loss"].device)
         read = dict(zip(values, torch.stack([value.float() for value in values.values()]).tolist(), strict=True))
-        self._loss_of_step, self._stops = 0.0, bool(read.pop("stops", 0))
-        if outlier := self._history.find_outlier(read):
+        self._loss_of_step, self._stops, has_text = 0.0, bool(read.pop("stops", 0)), read.pop("text") > 0
+        if outlier := self._history.find_outlier(read, has_text):
             losses = ", ".join(f"{name} {loss.item():.4g}" for name, loss in self._last_losses.items())
             raise TrainingDiverged(
                 f"The {outlier[0]} of step {self.state.global_step + 1} is {outlier[1]} (of its last micro-batch: "

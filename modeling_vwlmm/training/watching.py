@@ -40,15 +40,18 @@ class History:
 
     def __init__(self, threshold: float, size: int = 100) -> None:
         self.threshold = threshold
-        self._values: dict[str, deque[float]] = {}
+        self._values: dict[tuple[str, bool], deque[float]] = {}
         self._size = size
 
-    def find_outlier(self, values: Mapping[str, float]) -> tuple[str, str] | None:
-        """The name of a value of a step that is far outside, and what it is; or None, and they are remembered."""
+    def find_outlier(self, values: Mapping[str, float], has_text: bool = True) -> tuple[str, str] | None:
+        """
+        The name of a value of a step that is far outside, and what it is; or None, and they are remembered. Steps that
+        learn from images alone have a history of their own: their loss has no part in language.
+        """
         for name, value in values.items():
             if not math.isfinite(value):
                 return name, str(value)
-            past = self._values.get(name, ())
+            past = self._values.get((name, has_text), ())
             if self.threshold and value > 0 and len(past) >= self._size // 2:
                 median = statistics.median(past)
                 deviation = max(1.4826 * statistics.median(abs(other - median) for other in past), 0.1)
@@ -56,7 +59,7 @@ class History:
                     return name, f"{value:.4g}, where the last {len(past)} steps had {math.exp(median):.4g}"
         for name, value in values.items():
             if value > 0:
-                self._values.setdefault(name, deque(maxlen=self._size)).append(math.log(value))
+                self._values.setdefault((name, has_text), deque(maxlen=self._size)).append(math.log(value))
         return None
 
 
