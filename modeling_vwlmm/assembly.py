@@ -139,14 +139,14 @@ def from_visual_tokenizer(
         [`VWLMMForConditionalGeneration`]
 
     Raises:
-        ValueError: For the reasons of [`from_vision_text_pretrained`], if the tokenizer has no threshold yet, or if
-            `merger_init` is neither of the two.
+        ValueError: For the reasons of [`from_vision_text_pretrained`], if `visual_tokenizer` is no tokenizer, lacks
+            tensors or has no threshold yet, or if `merger_init` is neither of the two.
     """
     if merger_init not in ("tokenizer", "identity"):
         raise ValueError(f"`merger_init` is {merger_init!r}; expected 'tokenizer' or 'identity'.")
     dtype = config.pop("dtype", "auto")
     if not isinstance(visual_tokenizer, PreTrainedModel):
-        visual_tokenizer = VWLMMVisualTokenizer.from_pretrained(visual_tokenizer, dtype=dtype)
+        visual_tokenizer = _load_visual_tokenizer(visual_tokenizer, dtype)
     if not isinstance(text, PreTrainedModel):
         text = AutoModelForCausalLM.from_pretrained(text, dtype=dtype)
     tokenizer_config = copy.deepcopy(visual_tokenizer.config)
@@ -181,6 +181,23 @@ def from_visual_tokenizer(
         if merger_init == "identity":
             merger.start_as_identity()
     return model
+
+
+def _load_visual_tokenizer(name: str, dtype: Any) -> VWLMMVisualTokenizer:
+    expected = VWLMMVisualTokenizer.config_class.model_type
+    found = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
+    if found != expected:
+        raise ValueError(
+            f"{name} holds a model of the type {found!r}; expected a visual tokenizer, {expected!r}, as LaVIT's stage "
+            "1 writes it."
+        )
+    tokenizer, loading = VWLMMVisualTokenizer.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    if missing := sorted(loading["missing_keys"]):
+        raise ValueError(
+            f"The visual tokenizer in {name} is not whole: {len(missing)} of its tensors are missing, {missing[0]} "
+            "among them. Name the folder that LaVIT's stage 1 has written."
+        )
+    return tokenizer
 
 
 def _add_rows(text: PreTrainedModel, num_rows: int) -> None:

@@ -218,6 +218,7 @@ class VWLMMConfig(LlavaConfig):
         if (tokenizer := self.visual_tokenizer_config) is not None:
             if self.code_offset is None:
                 self.code_offset = self.text_config.vocab_size - tokenizer.num_codes
+            if self.image_start_token_id is None:
                 self.image_start_token_id, self.image_end_token_id = self.code_offset - 2, self.code_offset - 1
             if tokenizer.hidden_size != self.vision_config.hidden_size:
                 raise ValueError(
@@ -225,6 +226,13 @@ class VWLMMConfig(LlavaConfig):
                     f"vision tower have {self.vision_config.hidden_size}; expected the tower that the tokenizer was "
                     "trained on."
                 )
+            for name in ("model_type", "image_size", "patch_size"):
+                found, expected = (getattr(c, name, None) for c in (tokenizer.vision_config, self.vision_config))
+                if found != expected:
+                    raise ValueError(
+                        f"The visual tokenizer was trained on a tower whose {name} is {found!r}, and the model's is "
+                        f"{expected!r}; expected the tower that the tokenizer was trained on."
+                    )
             for name in ("vision_feature_layer", "vision_feature_select_strategy"):
                 if getattr(tokenizer, name) != getattr(self, name):
                     raise ValueError(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from torch.nn.init import normal_
-from transformers import AutoConfig, Blip2VisionConfig, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, Blip2VisionConfig, GenerationConfig
 from transformers.utils import logging
 
 from processing_vwlmm import VWLMMProcessor
@@ -112,6 +112,7 @@ def convert_lavit_checkpoint(source: str | Path, output: str | Path, num_attenti
             raise FileNotFoundError(f"{source / name} is missing. Pass the folder of a LaVIT checkpoint.")
     tower = _read(source / TOWER, TOWER_NAMES)
     encoder, reader = _read(source / ENCODER, ENCODER_NAMES), _read(source / READER, READER_NAMES)
+    _check_names(source, tower, encoder)
     tokenizer_config = _make_tokenizer_config(tower, encoder, num_attention_heads)
     text_config = AutoConfig.from_pretrained(source / "language_model")
     num_codes = tokenizer_config.num_codes
@@ -125,6 +126,13 @@ def convert_lavit_checkpoint(source: str | Path, output: str | Path, num_attenti
         visual_tokenizer_config=tokenizer_config,
         dtype=text_config.dtype,
     )
+    num_text_tokens = len(AutoTokenizer.from_pretrained(source / "language_model"))
+    if num_text_tokens != config.image_start_token_id:
+        raise ValueError(
+            f"{source / ENCODER} has {num_codes} codes, and the language model {text_config.vocab_size} rows: with "
+            f"[IMG] and [/IMG] that leaves {config.image_start_token_id} for text, and tokenizer.model has "
+            f"{num_text_tokens} tokens. Are these files of one checkpoint?"
+        )
     with torch.device("meta"):
         model = VWLMMForConditionalGeneration(config)
     model.generation_config = GenerationConfig(
@@ -176,10 +184,29 @@ def _read(file: Path, names: dict) -> dict[str, torch.Tensor]:
         else:
             tensors[name] = tensor
     for name in [name for name in tensors if name.endswith(".q_bias")]:
+        if name.replace("q_bias", "v_bias") not in tensors:
+            raise ValueError(f"{file} has {name}, and no v_bias beside it. Was it downloaded to its end?")
         # The keys of EVA's attention have no bias.
         q, v = tensors.pop(name), tensors.pop(name.replace("q_bias", "v_bias"))
         tensors[name.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
     return tensors
+
+
+# Of these tensors sizes are read, before all of them are accounted for.
+SIZED = {
+    TOWER: ("embeddings.patch_embedding.weight", "embeddings.position_embedding", "encoder.layers.0.mlp.fc1.weight"),
+    ENCODER: ("quantizer.embedding", "merger.layers.0.fc1.weight"),
+}
+
+
+def _check_names(source: Path, tower: dict[str, torch.Tensor], encoder: dict[str, torch.Tensor]) -> None:
+    for file, tensors in ((TOWER, tower), (ENCODER, encoder)):
+        for name in SIZED[file]:
+            if name not in tensors:
+                raise ValueError(
+                    f"{source / file} has no tensor that would become {name}. Is it the file of LaVIT's authors, "
+                    "downloaded to its end?"
+                )
 
 
 def _make_tokenizer_config(

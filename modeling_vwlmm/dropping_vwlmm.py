@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedConfig
 
+from .adapters_vwlmm import selects_tokens
 from .placeholders_vwlmm import find_placeholders
 
 
@@ -149,6 +150,7 @@ class GeneratesFromKeptTokens:
     ) -> dict[str, Any]:
         # Private: the one place behind the images and before prompts are repeated for beams. Every later step extends
         # mask and positions by itself.
+        self._check_cache(inputs_tensor, model_kwargs)
         model_kwargs = super()._maybe_prepare_encoder_kwargs_for_generation(inputs_tensor, model_kwargs, *args)
         images = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
         keep_mask = None if images is None else images.get("keep_mask")
@@ -163,3 +165,14 @@ class GeneratesFromKeptTokens:
             is_kept = is_kept & model_kwargs["attention_mask"].bool()
         images["keep_mask"] = None  # what it says is in the mask from here on
         return model_kwargs | {"attention_mask": is_kept.long(), "position_ids": count_positions(is_kept)}
+
+    def _check_cache(self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
+        cache = model_kwargs.get("past_key_values")
+        if cache is None or inputs_tensor.ndim != 2 or not selects_tokens(self.config):
+            return
+        num_cached = int(cache.get_seq_length())
+        if (inputs_tensor[:, :num_cached] == self.config.image_token_id).any():
+            raise ValueError(
+                f"A cache of {num_cached} tokens, with an image among them, is given, and which image tokens were "
+                "dropped is not in it. Leave `past_key_values` out: the prompt is read again."
+            )

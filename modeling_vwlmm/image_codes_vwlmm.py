@@ -72,6 +72,7 @@ class WithImageCodes:
             attention_mask = torch.cat([attention_mask, torch.ones_like(start)], dim=1)
         first, end = config.code_offset, config.code_offset + config.visual_tokenizer_config.num_codes
         not_codes = {*range(first), *range(end, config.text_config.vocab_size)} - {config.image_end_token_id}
+        not_codes |= {*kwargs.pop("suppress_tokens", ())}
         kwargs = {"max_new_tokens": config.visual_tokenizer_config.num_patches + 1, **kwargs}
         output = self.generate(
             input_ids,

@@ -20,6 +20,7 @@ from .adapters_vwlmm import adapt, drops_tokens
 from .outputs_vwlmm import VWLMMImageFeaturesOutput
 from .patches_vwlmm import split_patches
 from .vision_vwlmm import run_vision_tower
+from .visual_tokenizer_vwlmm import check_codes
 from .visual_words_vwlmm import VMHead, get_distribution
 
 
@@ -148,7 +149,10 @@ class EncodesImages:
         patch_codes = None
         if read_as_codes is not None:
             codes = read_as_codes.to(patch_features.device)
-            if codes.dtype == torch.bool:
+            if codes.dtype != torch.bool:
+                num_codes = self.config.visual_tokenizer_config.num_codes
+                check_codes(codes, patch_features.shape[:2], num_codes, "read_as_codes")
+            else:
                 patch_codes = self.find_codes(patch_features, adapted.keep_mask)  # [I, N]
                 codes = patch_codes.where(codes[:, None], -1)
             embeddings = self.get_input_embeddings()(codes.clamp_min(0) + self.config.code_offset)  # [I, N, D]

@@ -26,6 +26,7 @@ from typing_extensions import NotRequired
 
 from .loss_vwlmm import linear_row_losses
 from .patches_vwlmm import find_snapshots
+from .visual_tokenizer_vwlmm import check_codes
 
 
 class Term(NamedTuple):
@@ -458,7 +459,7 @@ class Codes(VisualWords):
         if tokenizer is None:
             raise ValueError(
                 "The objective `codes` learns the codes of a visual tokenizer, and the model has none: make it with "
-                "`from_vision_text_pretrained(..., visual_tokenizer=...)`."
+                "`from_visual_tokenizer`."
             )
         positions = inputs.positions_of(self)  # [K]
         targets = inputs.batch["input_ids"].flatten()[positions.to(inputs.batch["input_ids"].device)]  # [K]
@@ -471,11 +472,18 @@ class Codes(VisualWords):
                     f'{features.shape[1]} features an image: those that `selection="top_k"` keeps. Train with '
                     "another selection, and `top_k` afterwards."
                 )
-            codes = inputs.batch.get("image_codes")  # [I, N]
-            if codes is None:
+            codes, keep_mask = inputs.batch.get("image_codes"), inputs.images.get("keep_mask")  # [I, N] each
+            if codes is not None:
+                check_codes(codes, features.shape[:2], tokenizer.config.num_codes, "image_codes")
+                if keep_mask is None and codes.device.type == "cpu" and (codes < 0).any():
+                    raise ValueError(
+                        "`image_codes` has patches without a code, -1, and no `keep_mask` says that they are dropped. "
+                        "Pass `keep_mask=image_codes >= 0`, too."
+                    )
+            else:
                 codes = inputs.images.get("patch_codes")  # if some images are read as codes
             if codes is None:
-                codes = inputs.model.model.find_codes(features, inputs.images.get("keep_mask"))
+                codes = inputs.model.model.find_codes(features, keep_mask)
             is_image = targets == config.image_token_id  # [K]
             codes = inputs.at_image_tokens(codes.flatten(), positions) + config.code_offset  # [K]
             targets = torch.where(is_image, codes, targets)

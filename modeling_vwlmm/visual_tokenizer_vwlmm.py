@@ -363,9 +363,15 @@ class VWLMMVisualTokenizer(FrozenVisionTower, PreTrainedModel):
             `torch.BoolTensor` of shape `[I, N]`.
 
         Raises:
-            ValueError: If patches are selected by a threshold that no training has found.
+            ValueError: If patches are selected by a threshold that no training has found, or noise has another shape.
         """
         if gumbel_noise is not None:
+            one_for_all = (1, *selector_log_probs.shape[1:])
+            if gumbel_noise.shape not in (selector_log_probs.shape, one_for_all):
+                raise ValueError(
+                    f"`gumbel_noise` has shape {tuple(gumbel_noise.shape)}; expected "
+                    f"{tuple(selector_log_probs.shape)}, two numbers for each patch of each image."
+                )
             scores = selector_log_probs + gumbel_noise.to(selector_log_probs)  # [I, N, 2]
             return scores[..., 0] >= scores[..., 1]
         selection = selection or self.config.selection
@@ -443,7 +449,8 @@ class VWLMMVisualTokenizer(FrozenVisionTower, PreTrainedModel):
             `torch.Tensor` of shape `[I, N, C]`.
 
         Raises:
-            ValueError: If this tokenizer has no decoder, if an id is no code, or if there are more codes than patches.
+            ValueError: If this tokenizer has no decoder, if an id is no code, or if there are more codes than patches
+                or not as many as are kept.
         """
         if self.decoder is None:
             raise ValueError(
@@ -451,7 +458,13 @@ class VWLMMVisualTokenizer(FrozenVisionTower, PreTrainedModel):
                 "`visual_tokenizer` in the folder of a converted model, with `VWLMMVisualTokenizer.from_pretrained`."
             )
         if keep_mask is not None:
-            code_ids = code_ids.split(keep_mask.sum(dim=1).tolist())
+            lengths = keep_mask.sum(dim=1).tolist()
+            if len(code_ids) != sum(lengths):
+                raise ValueError(
+                    f"There are {len(code_ids)} codes, and `keep_mask` keeps {sum(lengths)} patches; expected one "
+                    "code for each, in the order of images and patches."
+                )
+            code_ids = code_ids.split(lengths)
         elif isinstance(code_ids, torch.Tensor):
             code_ids = [code_ids]
         num_patches, num_codes = self.config.num_patches, self.config.num_codes
@@ -580,6 +593,25 @@ class VWLMMVisualTokenizer(FrozenVisionTower, PreTrainedModel):
                 f"`keep_mask` has shape {tuple(keep_mask.shape)}; expected {tuple(patch_features.shape[:2])}, one "
                 "value for each patch of each image."
             )
+
+
+def check_codes(codes: torch.Tensor, shape: tuple[int, ...], num_codes: int, name: str) -> None:
+    """
+    Checks codes of images, -1 where a patch is dropped. On a GPU not their range: that would wait for the device.
+
+    Raises:
+        ValueError: If they have another shape, or one is no code.
+    """
+    if codes.shape != shape:
+        raise ValueError(
+            f"`{name}` has shape {tuple(codes.shape)}; expected {tuple(shape)}, a code for each patch of each image, "
+            "and -1 where one is dropped."
+        )
+    if codes.device.type == "cpu" and codes.numel() and not -1 <= codes.min() <= codes.max() < num_codes:
+        raise ValueError(
+            f"`{name}` goes from {int(codes.min())} to {int(codes.max())}; expected codes from 0 to {num_codes - 1}, "
+            "and -1 where a patch is dropped. Of token ids subtract `config.code_offset`."
+        )
 
 
 def _keep_best(scores: torch.Tensor, num_tokens: int) -> torch.Tensor:

@@ -590,6 +590,68 @@ class TestDroppedPlaceholdersAreNotThere:
             lavit(**batch)
 
 
+class TestBadInput:
+    """Found, expected, and what to do; never an answer that is wrong."""
+
+    def test_gumbel_noise_of_another_shape(self, lavit, golden):
+        with pytest.raises(ValueError, match=r"`gumbel_noise` has shape \(2, 15, 2\); expected \(2, 16, 2\)"):
+            lavit.model.visual_tokenizer.encode(golden["pixel_values"][:2], gumbel_noise=torch.zeros(2, 15, 2))
+
+    def test_another_number_of_codes_than_is_kept(self, tokenizers):
+        keep_mask = torch.zeros(1, NUM_PATCHES, dtype=torch.bool)
+        keep_mask[:, :3] = True
+        with pytest.raises(ValueError, match="There are 4 codes, and `keep_mask` keeps 3 patches"):
+            tokenizers["low"].decode(torch.zeros(4, dtype=torch.long), keep_mask)
+
+    @pytest.mark.parametrize("name", ["image_codes", "read_as_codes"])
+    @pytest.mark.parametrize(
+        ("codes", "message"),
+        [
+            (torch.full((1, NUM_PATCHES), 64), "goes from 64 to 64; expected codes from 0 to 63"),
+            (torch.zeros(1, 15, dtype=torch.long), r"has shape \(1, 15\); expected \(1, 16\)"),
+        ],
+        ids=["range", "shape"],
+    )
+    def test_codes_of_images(self, lavit, golden, name, codes, message):
+        batch = pad_left([ids_of(None, PROMPTS[0])]) | {"pixel_values": golden["pixel_values"][:1]}
+        with pytest.raises(ValueError, match=f"`{name}` {message}"):
+            lavit(**batch, **{name: codes}, visual_objective="codes", use_cache=False)
+
+    def test_cache_that_does_not_know_what_was_dropped(self, lavit, golden):
+        batch = pad_left([ids_of(None, PROMPTS[0])]) | {"pixel_values": golden["pixel_values"][:1]}
+        first = lavit.generate(**batch, **ANSWER, return_dict_in_generate=True)
+        ids = torch.cat([first.sequences, torch.tensor([PROMPTS[1]])], dim=1)
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        with pytest.raises(ValueError, match="Leave `past_key_values` out: the prompt is read again"):
+            lavit.generate(**batch, **ANSWER, past_key_values=first.past_key_values)
+
+    def test_another_tower(self, folder):
+        fields = VWLMMConfig.from_pretrained(folder).to_dict()
+        fields["vision_config"]["image_size"] *= 2
+        with pytest.raises(ValueError, match="tower whose image_size is [0-9]+, and the model's is [0-9]+"):
+            VWLMMConfig(**fields)
+
+    def test_folder_of_another_model(self, folder):
+        with pytest.raises(ValueError, match="type 'vwlmm'; expected a visual tokenizer, 'vwlmm_visual_tokenizer'"):
+            VWLMMForConditionalGeneration.from_visual_tokenizer(str(folder), str(SOURCE / "language_model"))
+
+    def test_tokenizer_with_a_tensor_missing(self, tokenizers, tmp_path):
+        state_dict = tokenizers["low"].state_dict()
+        del state_dict["merger.layers.0.fc1.weight"]
+        tokenizers["low"].save_pretrained(tmp_path, state_dict=state_dict)
+        with pytest.raises(ValueError, match="not whole: 1 of its tensors are missing, merger.layers.0.fc1.weight"):
+            VWLMMForConditionalGeneration.from_visual_tokenizer(str(tmp_path), str(SOURCE / "language_model"))
+
+    def test_code_suppressed_by_the_user(self, lavit):
+        ids = torch.tensor([PROMPTS[0]])
+        written = lavit.generate_image_codes(ids, max_new_tokens=4, do_sample=False)[0]
+        first = int(written[0])
+        others = lavit.generate_image_codes(
+            ids, max_new_tokens=4, do_sample=False, suppress_tokens=[CODE_OFFSET + first]
+        )
+        assert first not in others[0]
+
+
 class TestSlidingWindow:
     """A window counts slots, those of dropped placeholders, too."""
 
@@ -771,6 +833,26 @@ class TestConversion:
             ),
             (
                 "visual_tokenizer/tokenizer_encoder.bin",
+                lambda t: t.update({"quantize.embedding.weight": t["quantize.embedding.weight"][:32]}),
+                "32 codes, .* leaves 192 for text, and tokenizer.model has 160 tokens",
+            ),
+            (
+                "visual_tokenizer/tokenizer_encoder.bin",
+                lambda t: t.pop("quantize.embedding.weight"),
+                r"tokenizer_encoder\.bin has no tensor that would become quantizer\.embedding",
+            ),
+            (
+                "visual_tokenizer/eva_vitg_psz14.bin",
+                lambda t: t.pop("pos_embed"),
+                r"eva_vitg_psz14\.bin has no tensor that would become embeddings\.position_embedding",
+            ),
+            (
+                "visual_tokenizer/eva_vitg_psz14.bin",
+                lambda t: t.pop("blocks.0.attn.v_bias"),
+                "q_bias, and no v_bias beside it",
+            ),
+            (
+                "visual_tokenizer/tokenizer_encoder.bin",
                 lambda t: t.pop("token_predictor.out_conv.4.bias"),
                 r"selector\.fc3\.bias of shape None",
             ),
@@ -790,7 +872,19 @@ class TestConversion:
                 r"lm_head\.weight of shape \(226, 40\)",
             ),
         ],
-        ids=["reader", "task_layer", "codebook", "missing", "unknown", "decoder", "language_model"],
+        ids=[
+            "reader",
+            "task_layer",
+            "larger codebook",
+            "smaller codebook",
+            "no codebook",
+            "no positions",
+            "half of the biases",
+            "missing",
+            "unknown",
+            "decoder",
+            "language_model",
+        ],
     )
     def test_file_of_another_checkpoint(self, source, tmp_path, file, edit, message):
         tensors = torch.load(source / file, weights_only=True)
