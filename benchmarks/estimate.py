@@ -1,7 +1,7 @@
 # Copyright 2026 The VW-LMM authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Estimates on paper what the real runs cost: FLOPs, hours and memory of each stage.
+Estimates on paper what the real runs cost, VW-LMM's and LaVIT's: FLOPs, hours and memory of each stage.
 
     python benchmarks/estimate.py                       # the paper's set-up on 8 GPUs of 80 GB
     python benchmarks/estimate.py --image-tokens 2304   # and if images had four times the tokens
@@ -86,6 +86,97 @@ def estimate(run: Run, stage: str) -> dict[str, float]:
     }
 
 
+@dataclass(frozen=True)
+class LaVIT:
+    """LaVIT's set-up. How many images stage 1 sees, and which share of stage 2 is pairs, the paper does not say."""
+
+    width: int = 1408
+    intermediate_size: int = 6144
+    tower_layers: int = 40
+    merger_layers: int = 12
+    decoder_layers: int = 3
+    patches: int = 256
+    num_codes: int = 16384
+    code_dim: int = 32
+    kept: int = 85  # a third
+    images: float = 93e6  # all of the paper's, once
+    tokens: float = 12e3 * 4e6
+    text_of_pair: int = 30  # as in stage I above
+    document: int = 2048
+    pair_share: float = 0.5  # of stage 2's tokens
+
+    @property
+    def tower_parameters(self) -> float:
+        return self.tower_layers * (4 * self.width**2 + 2 * self.width * self.intermediate_size)
+
+    @property
+    def block_parameters(self) -> float:
+        """Of a block of merger or decoder: two attentions and an MLP."""
+        return 8 * self.width**2 + 2 * self.width * self.intermediate_size
+
+    @property
+    def merger_parameters(self) -> float:
+        return self.merger_layers * self.block_parameters
+
+    @property
+    def coding_parameters(self) -> float:
+        """Selector and task layer."""
+        return (1 + 1 / 2 + 1 / 8) * self.width**2 + self.width**2 + self.width * self.code_dim
+
+    @property
+    def decoder_parameters(self) -> float:
+        return self.decoder_layers * self.block_parameters + 2 * self.width**2 + self.width * self.code_dim
+
+    @property
+    def tower_flops(self) -> float:
+        """Of an image, forward alone."""
+        tokens = self.patches + 1
+        return 2 * tokens * self.tower_parameters + self.tower_layers * 4 * tokens**2 * self.width
+
+    def block_flops(self, parameters: float, layers: int, passes: int) -> float:
+        """Of an image. All patches pass, dropped ones, too, and attention is over all pairs of them."""
+        return passes * self.patches * (parameters + layers * 4 * self.patches * self.width)
+
+    def activations(self, images: float, layers: int) -> float:
+        """What checkpointing keeps, and one block at work with about ten fp32 copies of the scores of 16 heads."""
+        return images * self.patches * (self.width * 2 * (layers + 16) + 10 * 16 * self.patches * 4)
+
+
+def estimate_lavit(run: Run, lavit: LaVIT, stage: int) -> dict[str, float]:
+    coding = lavit.coding_parameters + lavit.merger_parameters
+    if stage == 1:
+        trained, layers, micro_batch = (
+            coding + lavit.decoder_parameters,
+            lavit.merger_layers + lavit.decoder_layers,
+            64,
+        )
+        flops = lavit.images * (lavit.tower_flops + lavit.block_flops(trained, layers, 2 + 4 + 2))
+        states = 16 * trained + 2 * lavit.tower_parameters  # DDP: each GPU has all
+        activations = lavit.activations(micro_batch, layers)
+    else:
+        vocab_size = run.vocab_size + 2 + lavit.num_codes
+        pair = lavit.kept + 2 + lavit.text_of_pair
+        images = lavit.pair_share * lavit.tokens / pair
+        length = lavit.pair_share * pair + (1 - lavit.pair_share) * lavit.document  # of a token's own sample
+        decoder = 8 * (run.decoder_parameters + run.layers * length * run.hidden_size)
+        heads = 3 * 2 * vocab_size * run.hidden_size  # text and codes alike are learned
+        # The frozen tokenizer reads each image once, and the reader's merger learns.
+        image = lavit.tower_flops + lavit.block_flops(coding, lavit.merger_layers, 2)
+        image += lavit.block_flops(lavit.merger_parameters, lavit.merger_layers, 8)
+        flops = lavit.tokens * (decoder + heads) + images * image
+        trained = run.decoder_parameters + 2 * vocab_size * run.hidden_size + lavit.merger_parameters
+        states = (16 * trained + 2 * (lavit.tower_parameters + coding)) / run.gpus  # ZeRO-3
+        rows = 4 * 2048
+        activations = rows * run.hidden_size * 2 * (run.layers + 16)
+        activations += lavit.activations(rows * lavit.pair_share / pair, lavit.merger_layers)
+    return {
+        "EFLOPs": flops / 1e18,
+        "GPU hours": flops / (run.tflops * 1e12 * run.utilisation) / 3600,
+        "trained, millions": trained / 1e6,
+        "GB a GPU": (states + activations) / 1e9,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in vars(Run()).items():
@@ -97,6 +188,11 @@ def main() -> None:
     for stage in STAGES:
         values = estimate(run, stage)
         cells = [f"{value:.0%}" if name == "of it heads" else f"{value:.1f}" for name, value in values.items()]
+        print(f"| {stage} | " + " | ".join(cells) + " |")
+    print("\n| LaVIT, stage | " + " | ".join(estimate_lavit(run, LaVIT(), 1)) + " |")
+    print("|---" * 5 + "|")
+    for stage in (1, 2):
+        cells = [f"{value:.1f}" for value in estimate_lavit(run, LaVIT(), stage).values()]
         print(f"| {stage} | " + " | ".join(cells) + " |")
 
 

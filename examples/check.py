@@ -19,7 +19,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from trl import ModelConfig, get_peft_config
 
-from modeling_vwlmm import VWLMMConfig, VWLMMForConditionalGeneration, VWLMMTrainingArguments
+from modeling_vwlmm import (
+    VWLMMConfig,
+    VWLMMForConditionalGeneration,
+    VWLMMTrainingArguments,
+    VWLMMVisualTokenizer,
+    VWLMMVisualTokenizerConfig,
+)
 from modeling_vwlmm.training.arguments import StageDefault
 from modeling_vwlmm.training.checks import restrict_all_linear
 from modeling_vwlmm.training.collating import VWLMMDataCollator
@@ -222,15 +228,23 @@ def _print_steps(
 
 
 def make_model(
-    name: str | None, vision_tower: str, language_model: str, image_token_id: int, **config: Any
+    name: str | None,
+    vision_tower: str,
+    language_model: str,
+    image_token_id: int,
+    visual_tokenizer: str | None = None,
+    **config: Any,
 ) -> PreTrainedModel:
     """The model that a recipe starts from, without weights. `config` are other fields of its config."""
     with torch.device("meta"):
         if name is not None:
             return VWLMMForConditionalGeneration(VWLMMConfig.from_pretrained(name, **config))
+        text = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(language_model))
+        if visual_tokenizer is not None:
+            tokenizer = VWLMMVisualTokenizer(VWLMMVisualTokenizerConfig.from_pretrained(visual_tokenizer))
+            return VWLMMForConditionalGeneration.from_visual_tokenizer(tokenizer, text, **config)
         vision_config = AutoConfig.from_pretrained(vision_tower)
         vision = AutoModel.from_config(getattr(vision_config, "vision_config", vision_config))
-        text = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(language_model))
         return VWLMMForConditionalGeneration.from_vision_text_pretrained(
             vision, text, image_token_index=image_token_id, **config
         )

@@ -167,10 +167,12 @@ def measure_tokenizer(
     generator = torch.Generator().manual_seed(0)
     random = torch.rand(kept.shape, generator=generator) < tokenizer.config.keep_rate  # [I, N]
     tokens = tokenizer.encode(patch_features=features, keep_mask=random)
+    none = torch.zeros_like(random)
     # No decoder that gets no tokens can do better than the mean direction of each place.
     nothing = torch.nn.functional.normalize(features, dim=-1).mean(dim=0, keepdim=True)  # [1, N, C]
     baselines = {
         "cosine, tokens of a random third": f"{cosine(tokenizer.decode(tokens.code_ids, random), features):.3f}",
+        "cosine, no tokens": f"{cosine(tokenizer.decode(tokens.code_ids[:0], none), features):.3f}",
         "cosine, best without tokens": f"{cosine(nothing, features):.3f}",
     }
     rows = [[name, *(column[name] for column in columns.values())] for name in columns["threshold"]]

@@ -235,15 +235,18 @@ def _check(script_args: ScriptArguments, training_args: VWLMMTrainingArguments, 
     dataset = load_data(script_args, training_args.seed, reader)
     training_args.check_columns(dataset)
     name, parts = model_args.model_name_or_path, (script_args.vision_tower, script_args.language_model)
-    adapter = read_adapter(script_args)
-    if name is None:
+    adapter, visual_tokenizer = read_adapter(script_args), script_args.visual_tokenizer
+    if name is None and visual_tokenizer is not None:
+        max_patches = get_max_patches(VWLMMConfig(**adapter))
+        processor = VWLMMProcessor.from_pretrained(visual_tokenizer, max_patches=max_patches)
+    elif name is None:
         template = script_args.conversation_template or "vicuna_v1"
         max_patches = get_max_patches(VWLMMConfig(**adapter))
         processor = VWLMMProcessor.from_vision_text_pretrained(*parts, chat_template=template, max_patches=max_patches)
     else:
         changes = {"max_patches": get_max_patches(VWLMMConfig.from_pretrained(name, **adapter))} if adapter else {}
         processor = VWLMMProcessor.from_pretrained(name, **changes)
-    model = make_model(name, *parts, processor.image_token_id, **adapter)
+    model = make_model(name, *parts, processor.image_token_id, visual_tokenizer, **adapter)
     num_processes = script_args.num_processes or int(os.environ.get("WORLD_SIZE", 1))
     refused = check(dataset, training_args, processor, model, model_args, reader, num_processes, script_args.tflops)
     return int(refused > 0)

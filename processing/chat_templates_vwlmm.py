@@ -64,9 +64,10 @@ _CONTENT = r"""
 {%- if system -%}
     {%- set turns = messages[1:] -%}
 {%- endif -%}
+{%- set is_document = messages | length == 1 and messages[0]['role'] == 'assistant' -%}
 {%- for message in turns -%}
     {%- set expected = ['user', 'assistant'][loop.index0 % 2] -%}
-    {%- if message['role'] != expected -%}
+    {%- if message['role'] != expected and not is_document -%}
         {{- raise_exception(
             "messages[" ~ (loop.index0 + (1 if system else 0)) ~ "] has role '" ~ message['role']
             ~ "', expected '" ~ expected
@@ -74,6 +75,15 @@ _CONTENT = r"""
         ) -}}
     {%- endif -%}
 {%- endfor -%}
+"""
+
+_NO_DOCUMENT = r"""
+{%- if is_document -%}
+    {{- raise_exception(
+        "one 'assistant' message alone is a text that answers nothing, which only the 'lavit' template has a form "
+        ~ "for. Expected a 'user' message in front of it."
+    ) -}}
+{%- endif -%}
 """
 
 _VICUNA_V1 = r"""
@@ -134,7 +144,8 @@ _PLAIN = r"""
 {%- endif -%}
 """
 
-# LaVIT's prompts: images and texts in the order of the parts. A question has its frame, a caption has none.
+# LaVIT's prompts: images and texts in the order of the parts. A question has its frame; a caption has none, nor has a
+# document, one 'assistant' message alone.
 _LAVIT = r"""
 {%- for message in turns -%}
     {%- set content = message['content'] -%}
@@ -160,13 +171,16 @@ _LAVIT = r"""
         {%- set asked = turns[loop.index0 - 1]['content'] -%}
         {%- set is_answer = asked is string or asked | selectattr('type', 'equalto', 'text') | list -%}
         {%- generation -%}
-            {{- (' ' if is_answer else '') ~ content_of(message) ~ eos_token -}}
+            {{- (' ' if is_answer and not is_document else '') ~ content_of(message) ~ eos_token -}}
         {%- endgeneration -%}
     {%- endif -%}
 {%- endfor -%}
 """
 
 CHAT_TEMPLATES = {
-    name: (_CONTENT + template).strip()
-    for name, template in {"vicuna_v1": _VICUNA_V1, "mistral": _MISTRAL, "plain": _PLAIN, "lavit": _LAVIT}.items()
+    **{
+        name: (_CONTENT + _NO_DOCUMENT.strip() + template).strip()
+        for name, template in {"vicuna_v1": _VICUNA_V1, "mistral": _MISTRAL, "plain": _PLAIN}.items()
+    },
+    "lavit": (_CONTENT + _LAVIT).strip(),
 }

@@ -74,6 +74,9 @@ def load_llava_dataset(
     where they are. In a gpt or system turn `<image>` is text. A record with images may have one human turn and no
     answer: for the objectives that learn from images alone.
 
+    A record with `text` in place of `conversations`, and without an image, is a text of a corpus, which is learned
+    whole: one `assistant` message that answers nothing. Of the chat templates LaVIT's alone has a form for it.
+
     Args:
         json_file (`str` or `os.PathLike`): The JSON file.
         image_folder (`str` or `os.PathLike`): The folder that every image lies in.
@@ -298,7 +301,10 @@ def _row(index: int, record: Any, image_folder: Path) -> dict[str, Any]:
                 "all images."
             )
 
-    messages = _messages(index, record.get("conversations"), len(images))
+    if record.get("text") is not None:
+        messages = _document(index, record)
+    else:
+        messages = _messages(index, record.get("conversations"), len(images))
     markers = sum(part["type"] == "image" for message in messages for part in message["content"])
     if markers != len(images):
         raise ValueError(
@@ -341,6 +347,19 @@ def _is_label(label: Any) -> bool:
     if type(label) is int:
         return label == -100 or 0 <= label < 2**31
     return type(label) is str and label != "" and not NUMBER.fullmatch(label) and not SURROGATE.search(label)
+
+
+def _document(index: int, record: dict[str, Any]) -> list[dict[str, Any]]:
+    for field in ("conversations", "image"):
+        if record.get(field) is not None:
+            raise ValueError(
+                f"record {index}: it has 'text' and {field!r}, and a text alone has no {field}. Leave one of them "
+                "out, or put the text into 'conversations'."
+            )
+    if not isinstance(record["text"], str) or not record["text"].strip():
+        raise _malformed(index, "text", record["text"], "a text that is not empty")
+    _check_encodable(index, "text", record["text"])
+    return [{"role": "assistant", "content": [_text(record["text"])]}]
 
 
 def _messages(index: int, conversations: Any, num_images: int) -> list[dict[str, Any]]:

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import tiny_text
+from test_lavit_training import make_processor, make_tokenizer
 
 from modeling_vwlmm import VWLMMTrainer
 from processing_vwlmm import llava_dataset
@@ -92,6 +94,31 @@ def test_images_without_text_are_all_that_a_visual_tokenizer_reads(dry_run, tmp_
 def test_temperature_that_is_none(dry_run, name):
     with pytest.raises(ValueError, match=f"`{name}` is -1.0; expected a finite number above 0"):
         dry_run(f"--{name}", "-1")
+
+
+def add_document(file: Path) -> None:
+    file.write_text(json.dumps([*json.loads(file.read_text()), {"id": "document", "text": "a red circle"}]))
+
+
+def test_documents_of_a_template_without_a_form_for_them(dry_run, tmp_path):
+    add_document(tmp_path / "captions.json")
+    code, printed = dry_run()
+    assert code == 1
+    assert re.search(r"  1: one 'assistant' message alone is a text .* \('document'\)", printed)
+
+
+@pytest.mark.parametrize("options", [[], ["--packing"]])
+def test_lavit_of_a_tokenizer_and_an_llm(dry_run, tmp_path, options):
+    tokenizer = make_tokenizer(threshold=0.5)
+    for part in (tokenizer, make_processor(tokenizer)):
+        part.save_pretrained(tmp_path / "tokenizer")
+    tiny_text("llama", vocab_size=500).save_pretrained(tmp_path / "llm")
+    add_document(tmp_path / "captions.json")
+    parts = ["--visual_tokenizer", str(tmp_path / "tokenizer"), "--language_model", str(tmp_path / "llm")]
+    code, printed = dry_run("--method", "lavit", "--stage", "2", *parts, *options)
+    assert code == 0
+    assert "13 samples, 0 would stop the run" in printed
+    assert re.search(r"images of a sample:\n +0 +1 #+\n +1 +12 #{40}\n", printed)
 
 
 def test_processes_and_time(dry_run):

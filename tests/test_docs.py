@@ -12,6 +12,7 @@ import builtins
 import dataclasses
 import importlib
 import inspect
+import io
 import json
 import operator
 import os
@@ -21,6 +22,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 import textwrap
 from pathlib import Path
 from typing import NamedTuple, get_args
@@ -77,12 +79,27 @@ class Change(NamedTuple):
     why: str
 
 
+# A few steps of what would take days.
+TINY = '"max_steps": 4, "global_batch_size": 4, "per_device_train_batch_size": 4, "use_cpu": True'
 CHANGES = [
     Change(
         "docs/change_the_method.md",
         '"runs/contrastive",\n',
         '"runs/contrastive",\n        logging_steps=1,\n',
         "so few data are one step, and a comment says what is logged",
+    ),
+    Change("docs/lavit.md", "num_codes=16384", "num_codes=4", "fewer than the features of so few images"),
+    Change(
+        "docs/lavit.md",
+        '"max_steps": 45_000, "global_batch_size": 2048, "per_device_train_batch_size": 64',
+        TINY,
+        "days",
+    ),
+    Change(
+        "docs/lavit.md",
+        '"max_steps": 12_000, "global_batch_size": 2048, "per_device_train_batch_size": 8',
+        TINY,
+        "days",
     ),
     Change("docs/use_with.md", "localhost:8000", "localhost:{port}", "the port may be taken"),
     Change("docs/use_with.md", 'model="vwlmm"', 'model="runs/small_world/stage4"', "not vLLM answers, see `vllm`"),
@@ -137,6 +154,7 @@ CLAIMS = [
         " == 512",
     ),
     Claim("docs/from_llava.md", "runs/from_llava/stage4", ALL_STAGES.format("runs/from_llava/stage4")),
+    Claim("docs/lavit.md", "webdataset", "tokenizer.config.threshold and model.config.trained_stages == ['lavit-2']"),
     Claim("docs/training.md", "stage=1", "trainer.model.config.trained_stages == [1]"),
     Claim("docs/training.md", "stage=1", 'os.path.isfile("runs/stage1/model.safetensors")'),
     Claim(
@@ -212,6 +230,8 @@ def models(hub, processor, tmp_path_factory):  # noqa: F811
     folder = tmp_path_factory.mktemp("models")
     checkpoints = {
         "openai/clip-vit-large-patch14-336": save_tower("clip", folder / "clip"),
+        "openai/clip-vit-large-patch14": save_tower("clip", folder / "clip_224"),
+        "meta-llama/Llama-2-7b-hf": save_decoder("llama", folder / "llama2"),
         "facebook/dinov2-large": save_tower("dinov2", folder / "dinov2"),
         "lmsys/vicuna-7b-v1.5": save_decoder("llama", folder / "vicuna"),
         "Qwen/Qwen3-8B": save_decoder("qwen3", folder / "qwen3"),
@@ -241,6 +261,7 @@ def folder(vicuna, tmp_path_factory) -> Path:
         shutil.copytree(data / "images", folder / images)
         shutil.copy(data / f"{records}.json", folder / json_file)
     make_image(3).save(folder / "photo.png")
+    write_webdataset(folder / "data/cc12m/00000.tar")
     preference = {
         "images": ["photo.png"],
         "prompt": [{"role": "user", "content": "Describe the image."}],
@@ -255,6 +276,19 @@ def folder(vicuna, tmp_path_factory) -> Path:
         config = Path(shutil.copytree(vicuna, folder / "runs" / name)) / "config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"trained_stages": [1, 2, 3, 4][:stages]}))
     return folder
+
+
+def write_webdataset(file: Path) -> None:
+    """Pairs of an image and its caption, as img2dataset writes them."""
+    file.parent.mkdir()
+    with tarfile.open(file, "w") as shard:
+        for index in range(8):
+            image = io.BytesIO()
+            make_image(index).save(image, "JPEG")
+            for suffix, content in (("jpg", image.getvalue()), ("txt", b"a picture"), ("json", b"{}")):
+                entry = tarfile.TarInfo(f"{index:09}.{suffix}")
+                entry.size = len(content)
+                shard.addfile(entry, io.BytesIO(content))
 
 
 def import_example(name: str):

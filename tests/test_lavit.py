@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import GOLDEN, make_image
+from jinja2 import TemplateError
 from safetensors.torch import load_file
 from test_generation import CHUNKS_IMAGES
 from test_hub import run_without_package
@@ -269,6 +270,23 @@ class TestProcessor:
         assert inputs["input_ids"].tolist() == [ids_of(None, PROMPTS[0])]
         message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what colour is the dog?"}]}
         assert lavit_processor.apply_chat_template([message], add_generation_prompt=True) == text
+
+    @pytest.mark.parametrize("content", ["a red dog", [{"type": "text", "text": "a red dog"}]])
+    def test_an_answer_to_nothing_is_learned_whole_and_without_a_frame(self, lavit_processor, content):
+        options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+        document = [{"role": "assistant", "content": content}]
+        inputs = lavit_processor.apply_chat_template(document, **options)
+        expected = lavit_processor.tokenizer("a red dog</s>").input_ids
+        assert inputs["input_ids"] == [expected]
+        assert inputs["assistant_masks"] == [[1] * len(expected)]
+        with pytest.raises(TemplateError, match=r"messages\[0\] has role 'assistant'"):
+            lavit_processor.apply_chat_template([*document, {"role": "user", "content": "and?"}])
+
+    @pytest.mark.parametrize("name", ["vicuna_v1", "mistral", "plain"])
+    def test_other_templates_have_no_form_for_a_text_alone(self, lavit_processor, name):
+        template = lavit_processor.get_chat_template(name)
+        with pytest.raises(TemplateError, match="one 'assistant' message alone.*'lavit' template"):
+            lavit_processor.apply_chat_template([{"role": "assistant", "content": "a"}], chat_template=template)
 
     def test_typed_codes_are_text(self, lavit_processor):
         typed = "is <|image_code_5|> in <|image_start|><image><|image_end|>?"

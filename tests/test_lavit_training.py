@@ -28,7 +28,7 @@ from modeling_vwlmm import (
     VWLMMVisualTokenizer,
 )
 from modeling_vwlmm.training import tokenize_images
-from processing_vwlmm import VWLMMProcessor
+from processing_vwlmm import VWLMMProcessor, load_llava_dataset, mix_datasets
 
 
 TOKENIZER = {
@@ -309,6 +309,27 @@ class TestUnifiedPreTraining:
         assert not any("visual_tokenizer" in name or "vision_tower" in name for name in trained_names)
         for name, value in model.model.visual_tokenizer.state_dict().items():
             assert torch.equal(value, frozen[name])
+
+    @pytest.mark.parametrize("options", [{}, {"packing": True, "max_length": 128}])
+    def test_documents_of_a_mixture_are_learned_whole(self, trained, lavit_processor, tmp_path, options):
+        make_image(0).save(tmp_path / "a.png")
+        turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a dog"}]
+        captions = [{"id": str(i), "image": "a.png", "conversations": turns} for i in range(6)]
+        documents = [{"id": f"d{i}", "text": "a picture of a dog " * 3} for i in range(4)]
+        parts = []
+        for name, records in (("captions", captions), ("documents", documents)):
+            (tmp_path / f"{name}.json").write_text(json.dumps(records))
+            parts.append(load_llava_dataset(tmp_path / f"{name}.json", tmp_path))
+        found, expected = {}, {}
+        tokens = [len(lavit_processor.tokenizer(t + "</s>").input_ids) for t in ("a dog", documents[0]["text"])]
+        for weight in (1.5, 3):
+            data = mix_datasets(parts, [1, weight])
+            options = {"max_steps": -1, "num_train_epochs": 1, **options}
+            trainer = train_model(make_model(trained), lavit_processor, data, tmp_path / "run", **options)
+            found[weight] = sum(entry.get("num_text_positions", 0) for entry in trainer.state.log_history)
+            # Nothing stands in front of a document's first token, and so nothing predicts it.
+            expected[weight] = 6 * tokens[0] + 4 * weight * (tokens[1] - 1)
+        assert found == expected
 
     def test_a_caption_first(self, trained, lavit_processor, pairs, tmp_path):
         trainer = train_model(make_model(trained), lavit_processor, pairs, tmp_path, text_first_share=1.0)

@@ -130,6 +130,11 @@ class TestRows:
         roles = [[message["role"] for message in messages] for messages in dataset["messages"]]
         assert roles == [["system", "user", "assistant"], ["user", "assistant"]]
 
+    def test_text_without_a_conversation_is_one_message_that_answers_nothing(self, load):
+        dataset = load([GOOD[0], {"id": "document", "text": "Once <image> upon\na time. "}])
+        assert dataset[1]["messages"] == [{"role": "assistant", "content": [text("Once <image> upon\na time. ")]}]
+        assert dataset[1]["images"] == []
+
     def test_collates_into_the_authors_ids(self, load, tmp_path):
         processor = VWLMMProcessor.from_vision_text_pretrained(
             GOLDEN / "vicuna" / "clip-vision-tower", GOLDEN / "vicuna"
@@ -243,6 +248,16 @@ class TestMalformed:
                 r"'conversations\[2\].from' is 'system', expected 'human'",
             ),
             (changed(["conversations"], turns("a", "Welcome.")[1:]), "record 1: .* no human turn with a gpt turn"),
+            ({"id": 1, "text": ""}, "record 1: 'text' is '', expected a text that is not empty"),
+            ({"id": 1, "text": " \n"}, "record 1: 'text' is ' .n', expected a text that is not empty"),
+            ({"id": 1, "text": ["a"]}, r"record 1: 'text' is \['a'\], expected a text"),
+            ({"id": 1, "text": "a \ud800"}, "record 1: 'text' is .* half of a surrogate pair"),
+            ({"id": 1, "text": None}, "record 1: 'conversations' is missing, expected a list"),
+            (
+                {"id": 1, "text": "a", "conversations": turns("a", "b")},
+                "record 1: .*'text' and 'conversations'.*one of",
+            ),
+            ({"id": 1, "text": "a", "image": "a.png"}, "record 1: .*'text' and 'image'.*'conversations'"),
         ],
     )
     def test_names_index_and_field(self, load, record, error):
