@@ -19,7 +19,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from trl import ModelConfig, get_peft_config
 
-from modeling_vwlmm import VWLMMConfig, VWLMMForConditionalGeneration, VWLMMTrainingArguments
+from modeling_vwlmm import (
+    VWLMMConfig,
+    VWLMMForConditionalGeneration,
+    VWLMMTrainingArguments,
+    VWLMMVisualTokenizer,
+    VWLMMVisualTokenizerConfig,
+)
 from modeling_vwlmm.training.arguments import StageDefault
 from modeling_vwlmm.training.checks import restrict_all_linear
 from modeling_vwlmm.training.collating import VWLMMDataCollator
@@ -114,7 +120,7 @@ def check(
         max_length=args.max_length,
         assistant_only_loss=args.assistant_only_loss,
         objectives=args.get_objectives()[0],
-        image_seq_length=config.image_seq_length,
+        image_seq_length=config.num_patches if args.trains_tokenizer else config.image_seq_length,
     )
     if args.chat_template is not None:
         collator.chat_template = read_chat_template(args, processor)
@@ -236,6 +242,27 @@ def make_model(
         )
 
 
+def make_tokenizer(name: str | None, vision_tower: str, fields: dict[str, Any]) -> VWLMMVisualTokenizer:
+    """The visual tokenizer that stage 1 of LaVIT starts from, without weights."""
+    with torch.device("meta"):
+        if name is not None:
+            return VWLMMVisualTokenizer(VWLMMVisualTokenizerConfig.from_pretrained(name))
+        config = AutoConfig.from_pretrained(vision_tower)
+        config = getattr(config, "vision_config", config)
+        config.name_or_path = vision_tower
+        return VWLMMVisualTokenizer.from_vision_pretrained(AutoModel.from_config(config), **fields)
+
+
+def make_model_with_tokenizer(
+    visual_tokenizer: str, language_model: str, **config: Any
+) -> VWLMMForConditionalGeneration:
+    """The model that stage 2 of LaVIT starts from, without weights. `config` are other fields of its config."""
+    with torch.device("meta"):
+        tokenizer = VWLMMVisualTokenizer(VWLMMVisualTokenizerConfig.from_pretrained(visual_tokenizer))
+        text = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(language_model))
+        return VWLMMForConditionalGeneration.from_visual_tokenizer(tokenizer, text, **config)
+
+
 def _count_bytes(
     args: VWLMMTrainingArguments, model: VWLMMForConditionalGeneration, model_args: ModelConfig
 ) -> tuple[float, PreTrainedModel]:
@@ -252,7 +279,10 @@ def _count_bytes(
                 group = 64 if bits == 4 else module.in_features
                 narrow[id(module.weight)] = bits / 8 + 4 / group
     with torch.device("meta"):
-        if peft_config is None:
+        if args.trains_tokenizer:
+            model.requires_grad_(True).freeze_encoders()
+            trained = model
+        elif peft_config is None:
             set_trainable_parameters(model, args.get_trained_modules())
             trained = model
         else:

@@ -197,6 +197,7 @@ def train_model(model, processor, data, folder, **options):
         "global_batch_size": 12,
         "max_steps": 3,
         "max_length": None,
+        "text_first_share": 0,
         **options,
     }
     args = VWLMMTrainingArguments(str(folder), method="lavit", stage=2, **{**BY_HAND, **options})
