@@ -14,9 +14,10 @@ from conftest import BY_HAND, GOLDEN, make_image, tiny_text, tiny_vision
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, CLIPImageProcessor
 
-from modeling_vwlmm import VWLMMTrainer, VWLMMVisualTokenizer
+from modeling_vwlmm import VWLMMForConditionalGeneration, VWLMMTrainer, VWLMMVisualTokenizer
 from modeling_vwlmm.codebook_vwlmm import Codebook
 from modeling_vwlmm.training import TrainingDiverged, TrainingInterrupted
+from modeling_vwlmm.training.stages import LAVIT_STAGES, set_trainable_parameters
 from modeling_vwlmm.training.tokenizer_trainer import VisualTokenizerTrainer
 from processing_vwlmm import llava_dataset
 
@@ -150,6 +151,59 @@ class TestAnInterruptedRun:
         run_recipe(1, "run", max_steps=2)
         with pytest.raises(ValueError, match="made on other data.*data_seed was 42 and is 7"):
             run_recipe(1, "run", seed=7)
+
+
+def test_codes_before_training(run_recipe, interrupted, monkeypatch):
+    """With the losses of a run that computes them in each step; the run that goes on finds the same data."""
+    options = {"visual_tokenizer": str(run_recipe(1, "tokenizer")), "text_first_share": 0.5, "max_length": 64}
+    _, _, expected = read(run_recipe(2, "expected", **options))
+    train_model = VWLMMTrainer.train
+
+    def train_without_a_tokenizer(self, *args, **kwargs):
+        with monkeypatch.context() as patch:
+            patch.setattr(VWLMMVisualTokenizer, "encode", None)
+            return train_model(self, *args, **kwargs)
+
+    monkeypatch.setattr(VWLMMTrainer, "train", train_without_a_tokenizer)
+    interrupted(VWLMMTrainer, 4)
+    with pytest.raises(TrainingInterrupted):
+        run_recipe(2, "run", tokenize_images=True, **options)
+    _, _, log = read(run_recipe(2, "run", tokenize_images=True, **options))
+    assert [entry["loss"] for entry in log if "loss" in entry] == pytest.approx(
+        [entry["loss"] for entry in expected if "loss" in entry], rel=1e-5
+    )
+
+
+def test_codes_before_training_need_a_tokenizer(run_recipe, parts):
+    with pytest.raises(ValueError, match="there is no tokenizer to make codes of images"):
+        run_recipe(2, "run", tokenize_images=True, vision_tower=str(parts / "tower"))
+
+
+class TestDryRun:
+    def dry_run(self, run_recipe, capsys, stage: int, **options) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            run_recipe(stage, "run", check=True, **options)
+        assert stopped.value.code == 0
+        return capsys.readouterr().out
+
+    def count_bytes(self, model: torch.nn.Module) -> float:
+        """Weights, and of what trains a gradient and two moments, in GB."""
+        sizes = [p.numel() * p.element_size() * (4 if p.requires_grad else 1) for p in model.parameters()]
+        return sum(sizes) / 1e9
+
+    def test_tokenizer(self, run_recipe, parts, capsys):
+        tokenizer = VWLMMVisualTokenizer.from_vision_pretrained(str(parts / "tower"), **CODEBOOK)
+        printed = self.dry_run(run_recipe, capsys, 1)
+        assert "10 samples, 0 would stop the run" in printed
+        assert f"unsharded: {self.count_bytes(tokenizer):.3f} GB" in printed
+
+    def test_model(self, run_recipe, parts, capsys):
+        folder = str(run_recipe(1, "tokenizer", max_steps=2))
+        model = VWLMMForConditionalGeneration.from_visual_tokenizer(folder, str(parts / "llm"))
+        set_trainable_parameters(model, LAVIT_STAGES[2].trains)
+        printed = self.dry_run(run_recipe, capsys, 2, visual_tokenizer=folder)
+        assert "10 samples, 0 would stop the run" in printed
+        assert f"unsharded: {self.count_bytes(model):.3f} GB" in printed
 
 
 def test_a_loss_that_is_no_number_stops_the_tokenizer(run_recipe, monkeypatch):
