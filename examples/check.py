@@ -120,7 +120,7 @@ def check(
         max_length=args.max_length,
         assistant_only_loss=args.assistant_only_loss,
         objectives={} if args.trains_tokenizer else args.get_objectives()[0],  # it learns from images alone
-        image_seq_length=config.image_seq_length,
+        image_seq_length=config.num_patches if args.trains_tokenizer else config.image_seq_length,
     )
     if args.chat_template is not None:
         collator.chat_template = read_chat_template(args, processor)
@@ -232,7 +232,6 @@ def make_model(
     vision_tower: str,
     language_model: str,
     image_token_id: int,
-    visual_tokenizer: str | None = None,
     **config: Any,
 ) -> PreTrainedModel:
     """The model that a recipe starts from, without weights. `config` are other fields of its config."""
@@ -240,14 +239,32 @@ def make_model(
         if name is not None:
             return VWLMMForConditionalGeneration(VWLMMConfig.from_pretrained(name, **config))
         text = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(language_model))
-        if visual_tokenizer is not None:
-            tokenizer = VWLMMVisualTokenizer(VWLMMVisualTokenizerConfig.from_pretrained(visual_tokenizer))
-            return VWLMMForConditionalGeneration.from_visual_tokenizer(tokenizer, text, **config)
         vision_config = AutoConfig.from_pretrained(vision_tower)
         vision = AutoModel.from_config(getattr(vision_config, "vision_config", vision_config))
         return VWLMMForConditionalGeneration.from_vision_text_pretrained(
             vision, text, image_token_index=image_token_id, **config
         )
+
+
+def make_tokenizer(name: str | None, vision_tower: str, fields: dict[str, Any]) -> VWLMMVisualTokenizer:
+    """The visual tokenizer that stage 1 of LaVIT starts from, without weights."""
+    with torch.device("meta"):
+        if name is not None:
+            return VWLMMVisualTokenizer(VWLMMVisualTokenizerConfig.from_pretrained(name))
+        config = AutoConfig.from_pretrained(vision_tower)
+        config = getattr(config, "vision_config", config)
+        config.name_or_path = vision_tower
+        return VWLMMVisualTokenizer.from_vision_pretrained(AutoModel.from_config(config), **fields)
+
+
+def make_model_with_tokenizer(
+    visual_tokenizer: str, language_model: str, **config: Any
+) -> VWLMMForConditionalGeneration:
+    """The model that stage 2 of LaVIT starts from, without weights. `config` are other fields of its config."""
+    with torch.device("meta"):
+        tokenizer = VWLMMVisualTokenizer(VWLMMVisualTokenizerConfig.from_pretrained(visual_tokenizer))
+        text = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(language_model))
+        return VWLMMForConditionalGeneration.from_visual_tokenizer(tokenizer, text, **config)
 
 
 def _count_bytes(
@@ -266,7 +283,10 @@ def _count_bytes(
                 group = 64 if bits == 4 else module.in_features
                 narrow[id(module.weight)] = bits / 8 + 4 / group
     with torch.device("meta"):
-        if peft_config is None:
+        if args.trains_tokenizer:
+            model.requires_grad_(True).freeze_encoders()
+            trained = model
+        elif peft_config is None:
             set_trainable_parameters(model, args.get_trained_modules())
             trained = model
         else:

@@ -13,13 +13,16 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
-from check import CheckingReader, check, make_model
+from check import CheckingReader, check, make_model, make_model_with_tokenizer, make_tokenizer
 from datasets import Dataset
+from datasets.fingerprint import Hasher
 from transformers import PreTrainedModel, set_seed
+from transformers.integrations import deepspeed
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from modeling_vwlmm import (
@@ -30,7 +33,7 @@ from modeling_vwlmm import (
     VWLMMVisualTokenizer,
 )
 from modeling_vwlmm.adapters_vwlmm import ADAPTERS, get_max_patches
-from modeling_vwlmm.training import find_last_checkpoint
+from modeling_vwlmm.training import find_last_checkpoint, tokenize_images
 from processing_vwlmm import VWLMMProcessor, add_cognition_alignment, load_llava_dataset, mix_datasets
 
 
@@ -68,6 +71,10 @@ class ScriptArguments:
     )
     visual_tokenizer_config: str | None = field(
         default=None, metadata={"help": "LaVIT's stage 1: fields of VWLMMVisualTokenizerConfig, as a mapping."}
+    )
+    tokenize_images: bool = field(
+        default=False,
+        metadata={"help": "LaVIT's stage 2: compute all codes once, before training, as FSDP and ZeRO-3 need."},
     )
     adapter: str | None = field(
         default=None,
@@ -196,6 +203,49 @@ def load_model(
     return model, processor
 
 
+def add_image_codes(
+    dataset: Dataset, script_args: ScriptArguments, training_args: VWLMMTrainingArguments, name: str | None
+) -> Dataset:
+    """The dataset with the codes of its images, by the tokenizer that a recipe names, or that of the model `name`."""
+    source = name or script_args.visual_tokenizer
+    if source is None:
+        raise ValueError(
+            "`tokenize_images` is set, and there is no tokenizer to make codes of images. Pass `visual_tokenizer`, or "
+            "a `model_name_or_path` that has one."
+        )
+    cls = VWLMMVisualTokenizer if name is None else VWLMMForConditionalGeneration
+    with load_whole():
+        model = cls.from_pretrained(source).eval().to(training_args.device)
+    tokenizer = model if name is None else model.model.visual_tokenizer
+    if tokenizer is None:
+        raise ValueError(f"`tokenize_images` is set, and {source} has no visual tokenizer. Leave it out.")
+    # Of what makes the codes, so that a run that goes on finds them, and the same data. Other processes wait for one.
+    tower = tokenizer.borrowed_tower[0] or tokenizer.vision_tower
+    made_of = [dataset._fingerprint, tokenizer.config.to_json_string(), tokenizer.state_dict(), tower.state_dict()]
+    with training_args.main_process_first():
+        return dataset.map(
+            tokenize_images(model, VWLMMProcessor.from_pretrained(source)),
+            batched=True,
+            batch_size=32,
+            new_fingerprint=Hasher.hash(made_of),
+            desc="Codes of images",
+        )
+
+
+@contextlib.contextmanager
+def load_whole() -> Iterator[None]:
+    """What is loaded meanwhile is whole in each process, whatever shards the model that trains."""
+    # Private: there is no public way to ask what was set.
+    config = deepspeed._hf_deepspeed_config_weak_ref and deepspeed._hf_deepspeed_config_weak_ref()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        with mock.patch.dict(os.environ, {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}):
+            yield
+    finally:
+        if config:
+            deepspeed.set_hf_deepspeed_config(config)
+
+
 def read_adapter(script_args: ScriptArguments) -> dict[str, Any]:
     """Fields of the model's config that say which adapter it has, as far as a recipe does."""
     adapter = {} if script_args.adapter is None else {"adapter": script_args.adapter}
@@ -235,18 +285,28 @@ def _check(script_args: ScriptArguments, training_args: VWLMMTrainingArguments, 
     dataset = load_data(script_args, training_args.seed, reader)
     training_args.check_columns(dataset)
     name, parts = model_args.model_name_or_path, (script_args.vision_tower, script_args.language_model)
-    adapter, visual_tokenizer = read_adapter(script_args), script_args.visual_tokenizer
-    if name is None and visual_tokenizer is not None:
-        max_patches = get_max_patches(VWLMMConfig(**adapter))
-        processor = VWLMMProcessor.from_pretrained(visual_tokenizer, max_patches=max_patches)
+    adapter = read_adapter(script_args)
+    if training_args.trains_tokenizer:
+        model = make_tokenizer(name, script_args.vision_tower, _parse_json(script_args.visual_tokenizer_config) or {})
+        text = script_args.language_model
+        processor = (
+            VWLMMProcessor.from_visual_tokenizer(model.config, text)
+            if name is None
+            else VWLMMProcessor.from_pretrained(name)
+        )
+    elif name is None and script_args.visual_tokenizer is not None:
+        model = make_model_with_tokenizer(script_args.visual_tokenizer, script_args.language_model, **adapter)
+        max_patches = get_max_patches(model.config)
+        processor = VWLMMProcessor.from_pretrained(script_args.visual_tokenizer, max_patches=max_patches)
     elif name is None:
         template = script_args.conversation_template or "vicuna_v1"
         max_patches = get_max_patches(VWLMMConfig(**adapter))
         processor = VWLMMProcessor.from_vision_text_pretrained(*parts, chat_template=template, max_patches=max_patches)
+        model = make_model(name, *parts, processor.image_token_id, **adapter)
     else:
         changes = {"max_patches": get_max_patches(VWLMMConfig.from_pretrained(name, **adapter))} if adapter else {}
         processor = VWLMMProcessor.from_pretrained(name, **changes)
-    model = make_model(name, *parts, processor.image_token_id, visual_tokenizer, **adapter)
+        model = make_model(name, *parts, processor.image_token_id, **adapter)
     num_processes = script_args.num_processes or int(os.environ.get("WORLD_SIZE", 1))
     refused = check(dataset, training_args, processor, model, model_args, reader, num_processes, script_args.tflops)
     return int(refused > 0)
@@ -262,6 +322,8 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(_check(script_args, training_args, model_args))
     dataset = load_data(script_args, training_args.seed)
     training_args.check_columns(dataset)  # before any weight is loaded
+    if script_args.tokenize_images:
+        dataset = add_image_codes(dataset, script_args, training_args, model_args.model_name_or_path)
     model, processor = load_model(script_args, training_args, model_args)
     for name, value in changes.items():
         setattr(model.config, name, value)

@@ -85,6 +85,9 @@ class VWLMMVisualTokenizerConfig(PreTrainedConfig):
             Standard deviation of the decoder's new queries and positions. Linear layers start by Glorot's rule.
         kwargs:
             Everything that `PreTrainedConfig` takes.
+
+    Raises:
+        ValueError: If a number is outside of its range.
     """
 
     model_type = "vwlmm_visual_tokenizer"
@@ -130,8 +133,31 @@ class VWLMMVisualTokenizerConfig(PreTrainedConfig):
         # DINOv2 names a factor in place of its width.
         self.intermediate_size = self.intermediate_size or getattr(vision, "intermediate_size", 4 * vision.hidden_size)
         self.condition_dims = self.condition_dims or []
+        self._check_ranges()
         self.auto_map = dict(VISUAL_TOKENIZER_AUTO_MAP)
         super().__post_init__(**kwargs)
+
+    def _check_ranges(self) -> None:
+        at_least_1 = ("hidden_size", "num_patches", "num_merger_layers", "num_decoder_layers", "num_codes", "code_dim")
+        ranges = {
+            **{name: (getattr(self, name) >= 1, "1 at least") for name in (*at_least_1, "intermediate_size")},
+            "num_attention_heads": (
+                self.num_attention_heads >= 1 and self.hidden_size % self.num_attention_heads == 0,
+                f"a divisor of `hidden_size`, {self.hidden_size}",
+            ),
+            "threshold": (self.threshold is None or 0 <= self.threshold <= 1, "a probability, or None"),
+            "min_tokens": (0 <= self.min_tokens <= self.num_patches, f"0 to `num_patches`, {self.num_patches}"),
+            "keep_rate": (0 < self.keep_rate <= 1, "a share above 0, and 1 at most"),
+            "ratio_weight": (0 <= self.ratio_weight < math.inf, "a finite number that is not negative"),
+            "commitment_weight": (0 <= self.commitment_weight < math.inf, "a finite number that is not negative"),
+            "ema_decay": (0 <= self.ema_decay < 1, "0 or more, and below 1"),
+            "revive_after": (self.revive_after >= 0, "a number of steps that is not negative"),
+            "layer_norm_eps": (0 < self.layer_norm_eps < math.inf, "a finite number above 0"),
+            "initializer_range": (0 <= self.initializer_range < math.inf, "a finite number that is not negative"),
+        }
+        for name, (is_inside, expected) in ranges.items():
+            if not is_inside:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; expected {expected}.")
 
     def to_dict(self) -> dict:
         """See `PreTrainedConfig.to_dict`."""

@@ -10,6 +10,7 @@ Shapes: `I` images, `N` patches of one image, `C` width of the patch features, `
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -323,11 +324,17 @@ class VWLMMVisualTokenizer(FrozenVisionTower, PreTrainedModel):
         Args:
             vision (`str` or `PreTrainedModel`): The tower, or its name or path: CLIP, SigLIP, DINOv2, BLIP-2's EVA ...
             config: What else [`VWLMMVisualTokenizerConfig`] takes.
+
+        Raises:
+            ValueError: If the tower has other tokens than patches and a class token.
         """
         if not isinstance(vision, PreTrainedModel):
             vision_config = AutoConfig.from_pretrained(vision)
             vision_config = getattr(vision_config, "vision_config", vision_config)  # of a whole CLIP or SigLIP
             vision = AutoModel.from_pretrained(vision, config=vision_config)
+        # Not a relative import: it would make the file travel with every tokenizer.
+        has_class_token = import_module("processing_vwlmm.building_vwlmm").count_extra_tokens(vision.config)
+        config = {"vision_feature_select_strategy": "default" if has_class_token else "full", **config}
         model = cls(VWLMMVisualTokenizerConfig(vision_config=vision.config, **config))
         model.vision_tower.load_state_dict(vision.state_dict())
         return model

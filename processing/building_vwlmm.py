@@ -37,6 +37,8 @@ IMAGE_TOKEN = "<image>"
 # What stands around an image that a visual tokenizer has read, and what its codes begin with.
 IMAGE_START_TOKEN, IMAGE_END_TOKEN = "<|image_start|>", "<|image_end|>"
 IMAGE_CODE_PREFIX = "<|image_code_"
+# Towers that read images with CLIP's mean and deviation, wherever they come from.
+OF_CLIP = ("clip_vision_model", "blip_2_vision_model")
 # A row of the LLM's embeddings that no token has a name for.
 UNUSED_PREFIX = "<|unused_"
 # What opens a template that writes BOS itself.
@@ -91,10 +93,32 @@ def load_image_processor(
     return config, LlavaImageProcessor(**settings)
 
 
-def make_clip_image_processor(image_size: int) -> LlavaImageProcessor:
-    """LLaVA's image processor with CLIP's mean and deviation, which makes squares of whole images without a border."""
-    size = {"height": image_size, "width": image_size}
-    return LlavaImageProcessor(do_pad=False, do_center_crop=False, size=size, crop_size=size)
+def make_whole_image_processor(vision_config: PreTrainedConfig) -> LlavaImageProcessor:
+    """
+    LLaVA's image processor that makes squares of whole images without a border, as LaVIT's authors do, with the mean,
+    deviation and resampling that a vision tower was trained with.
+
+    Args:
+        vision_config (`PreTrainedConfig`): Config of the tower. Where it comes from is in its `name_or_path`; of CLIP
+            and EVA-CLIP it need not be known.
+
+    Raises:
+        ValueError: If the tower is another, and its config does not say where it comes from.
+    """
+    size = {"height": vision_config.image_size, "width": vision_config.image_size}
+    whole = {"do_pad": False, "do_center_crop": False, "size": size, "crop_size": size}
+    if vision_config.name_or_path:
+        _, image_processor = load_image_processor(vision_config.name_or_path)
+        settings = image_processor.to_dict()
+        settings.pop("image_processor_type", None)
+        return LlavaImageProcessor(**{**settings, **whole})
+    if vision_config.model_type not in OF_CLIP:
+        raise ValueError(
+            f"A vision tower of type {vision_config.model_type!r} has no `name_or_path` that its "
+            "`preprocessor_config.json` could be read from, and its mean and deviation need not be CLIP's. Load the "
+            "tower from its name or path, or pass `image_processor`."
+        )
+    return LlavaImageProcessor(**whole)
 
 
 def load_tokenizer(

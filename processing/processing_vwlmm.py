@@ -39,8 +39,8 @@ from .building_vwlmm import (
     count_extra_tokens,
     load_image_processor,
     load_tokenizer,
-    make_clip_image_processor,
     make_llava_processor,
+    make_whole_image_processor,
     remove_marks,
 )
 from .chat_templates_vwlmm import CHAT_TEMPLATES
@@ -237,8 +237,8 @@ class VWLMMProcessor(LlavaProcessor):
         Args:
             config ([`VWLMMVisualTokenizerConfig`]): Of the tokenizer.
             text (`str`, `os.PathLike` or `PreTrainedTokenizerBase`): Name or path of the LLM, or its tokenizer.
-            image_processor (`BaseImageProcessor`, *optional*): By default with CLIP's mean and deviation, and the size
-                of the tower, to which images are resized as a whole, as LaVIT's authors do.
+            image_processor (`BaseImageProcessor`, *optional*): By default with the tower's own mean and deviation,
+                and its size, to which images are resized as a whole, as LaVIT's authors do.
             num_text_tokens (`int`, *optional*): Id of `[IMG]`, by default the number of the LLM's tokens.
             chat_template (`str`, *optional*, defaults to `"lavit"`): See [`~VWLMMProcessor.get_chat_template`].
             max_patches (`int`, *optional*): See [`~VWLMMProcessor.from_vision_text_pretrained`].
@@ -247,13 +247,14 @@ class VWLMMProcessor(LlavaProcessor):
             [`VWLMMProcessor`]
 
         Raises:
-            ValueError: If there are more tokens than ids below `num_text_tokens`.
+            ValueError: If there are more tokens than ids below `num_text_tokens`, or if the mean and deviation of the
+                tower are not known.
         """
         tokenizer = load_tokenizer(text, num_codes=config.num_codes, num_text_tokens=num_text_tokens)
         vision = config.vision_config
         has_class_token = config.vision_feature_select_strategy == "default"
         processor = cls(
-            image_processor=image_processor or make_clip_image_processor(vision.image_size),
+            image_processor=image_processor or make_whole_image_processor(vision),
             tokenizer=tokenizer,
             patch_size=vision.patch_size,
             vision_feature_select_strategy=config.vision_feature_select_strategy,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from conftest import GOLDEN, make_image
 from jinja2 import TemplateError
@@ -364,6 +365,19 @@ class TestSelection:
         with pytest.raises(ValueError, match="finds 5 features an image"):
             lavit(**inputs, labels=inputs["input_ids"], visual_objective="codes")
 
+    def test_top_k_is_compiled_once_for_all_images(self, lavit, tokenizer, golden):
+        tokenizer.config.selection = "top_k"
+        ids = torch.tensor([[IMAGE_START] + [IMAGE] * 5 + [IMAGE_END] + PROMPTS[0]])
+        counter = torch._dynamo.testing.CompileCounter()
+        torch._dynamo.reset()
+        compiled, compilations = torch.compile(lavit, backend=counter), []
+        for image in golden["pixel_values"][:, None]:
+            with torch.no_grad():
+                logits = compiled(input_ids=ids, pixel_values=image, use_cache=False).logits
+                assert_close(logits, lavit(input_ids=ids, pixel_values=image, use_cache=False).logits, **CLOSE)
+            compilations.append(counter.frame_count)
+        assert compilations[0] == compilations[-1] > 0
+
     def test_draw_is_repeated_and_does_not_know_its_neighbours(self, tokenizer, golden):
         images = golden["pixel_values"]
         tokenizer.config.selection = "sample"
@@ -712,6 +726,21 @@ class TestSlidingWindow:
             logits = mistral.train(training)(**batch, **({} if training else {"use_cache": False})).logits
         mistral.eval()
         assert_close(logits[find_kept(batch)], expected, **CLOSE)
+
+    def test_a_fixed_number_of_tokens(self, mistral, batch, monkeypatch):
+        """With `top_k` no slot is dropped: a window, here shorter than the prompt, counts what is there."""
+        monkeypatch.setattr(mistral.config.visual_tokenizer_config, "selection", "top_k")
+        ids = ids_of(None, PROMPTS[0])
+        ids = torch.tensor([[IMAGE_START] + [IMAGE] * 5 + ids[1 + NUM_PATCHES :]])
+        inputs = {"input_ids": ids, "pixel_values": batch["pixel_values"]}
+        options = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4}
+        found = mistral.generate(**inputs, **options)
+        assert torch.equal(found, mistral.generate(**inputs, **options, cache_implementation="static"))
+        for _ in range(4):
+            with torch.no_grad():
+                logits = mistral(**inputs, use_cache=False).logits
+            inputs["input_ids"] = torch.cat([inputs["input_ids"], logits[:, -1:].argmax(dim=-1)], dim=1)
+        assert torch.equal(found, inputs["input_ids"])
 
     def test_right_where_nothing_is_dropped(self, mistral):
         ids = torch.tensor([ids_of(PROMPTS[0])])

@@ -8,17 +8,22 @@ Run as a script by the launcher, this file trains a tokenizer; run by pytest, it
 
 import json
 import logging
+import math
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import BY_HAND, GOLDEN, make_image, tiny_text, tiny_vision
 from datasets import Dataset
 from peft import LoraConfig
+from PIL import Image
 from test_distributed import run_python
 from torch.testing import assert_close
+from transformers import SiglipImageProcessor
 
 from modeling_vwlmm import (
     VWLMMConfig,
@@ -27,7 +32,8 @@ from modeling_vwlmm import (
     VWLMMTrainingArguments,
     VWLMMVisualTokenizer,
 )
-from modeling_vwlmm.training import tokenize_images
+from modeling_vwlmm.training import tokenize_images, tokenizer_trainer
+from modeling_vwlmm.training.tokenizer_trainer import LEAST_GAIN
 from processing_vwlmm import VWLMMProcessor, load_llava_dataset, mix_datasets
 
 
@@ -51,6 +57,14 @@ def make_processor(tokenizer):
 
 def make_images():
     return Dataset.from_list([{"images": [make_image(seed)]} for seed in range(16)])
+
+
+def make_scenes():
+    """Images that differ in what their quarters show."""
+    colours = np.random.default_rng(0).integers(0, 256, (32, 2, 2, 3), dtype=np.uint8)
+    return Dataset.from_list(
+        [{"images": [Image.fromarray(quarters.repeat(14, 0).repeat(14, 1))]} for quarters in colours]
+    )
 
 
 @pytest.fixture
@@ -83,11 +97,13 @@ def pairs():
     return Dataset.from_list(samples)
 
 
-def train_tokenizer(tokenizer, processor, data, folder, **options):
+def train_tokenizer(tokenizer, processor, data, folder, eval_data=None, **options):
     options = {"per_device_train_batch_size": 8, "max_steps": 6, **options}
     options.setdefault("global_batch_size", 8)
     args = VWLMMTrainingArguments(str(folder), method="lavit", stage=1, **{**BY_HAND, **options})
-    trainer = VWLMMTrainer(model=tokenizer, args=args, train_dataset=data, processing_class=processor)
+    trainer = VWLMMTrainer(
+        model=tokenizer, args=args, train_dataset=data, eval_dataset=eval_data, processing_class=processor
+    )
     trainer.train(resume_from_checkpoint=options.get("resume_from_checkpoint"))
     return trainer
 
@@ -123,6 +139,60 @@ class TestTokenizer:
         kept = saved.encode(pixel_values).keep_mask.float().mean()
         assert abs(kept - 1 / 3) < 0.1
 
+    @pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2"])
+    def test_any_tower(self, images, tmp_path, kind):
+        """All of its patches are read, the first of a tower without a class token, too, and its own pixels."""
+        torch.manual_seed(0)
+        tiny_vision(kind).save_pretrained(tmp_path / "tower")
+        settings = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "size": {"height": 28, "width": 28}}
+        SiglipImageProcessor(**settings).save_pretrained(tmp_path / "tower")
+        tokenizer = VWLMMVisualTokenizer.from_vision_pretrained(str(tmp_path / "tower"), **TOKENIZER)
+        processor = make_processor(tokenizer)
+        grey = processor.image_processor(Image.new("RGB", (9, 30), (51, 51, 51)), return_tensors="pt")["pixel_values"]
+        expected = torch.tensor([0.1 / 0.4, 0, -0.1 / 0.6]).reshape(3, 1, 1).expand(3, 28, 28)
+        assert_close(grey[0], expected, atol=1e-5, rtol=0)
+        train_tokenizer(tokenizer, processor, images, tmp_path, random_mask_steps=1, continuous_steps=3)
+        assert tokenizer.config.vision_feature_select_strategy == ("full" if kind == "siglip" else "default")
+        pixel_values = torch.randn(2, 3, 28, 28)
+        features = tokenizer.vision_tower(pixel_values, output_hidden_states=True).hidden_states[-2][:, -16:]
+        assert torch.equal(tokenizer.encode_patches(pixel_values), features)
+
+    @pytest.mark.parametrize("size", [8, 2, 1])
+    def test_evaluation_in_every_phase(self, tokenizer, lavit_processor, images, tmp_path, size):
+        """Of each image once, however it is cut into batches."""
+        options = {"random_mask_steps": 2, "continuous_steps": 4, "eval_strategy": "steps", "eval_steps": 1}
+        trainer = train_tokenizer(
+            tokenizer,
+            lavit_processor,
+            images,
+            tmp_path,
+            images.select(range(10)),
+            per_device_eval_batch_size=size,
+            eval_on_start=True,
+            **options,
+        )
+        logs = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+        assert [entry["step"] for entry in logs] == [0, 1, 2, 3, 4, 5, 6]
+        assert ["eval_codes_used" in entry for entry in logs] == [False] * 5 + [True] * 2
+        for entry in logs:
+            parts = [entry.get(f"eval_{name}_loss", 0) for name in ("reconstruction", "ratio", "commitment")]
+            assert entry["eval_loss"] == pytest.approx(parts[0] + 2 * parts[1] + parts[2])
+        again = trainer.evaluate()
+        assert again["eval_loss"] == pytest.approx(logs[-1]["eval_loss"])
+        with torch.no_grad():
+            rows = [trainer.data_collator([images[index]]) for index in range(10)]
+            noise = trainer._draw(torch.cat([row["image_keys"] for row in rows]), 0)
+            pixel_values = torch.cat([row["pixel_values"] for row in rows])
+            outputs = tokenizer.eval()(pixel_values=pixel_values, gumbel_noise=noise)
+        assert again["eval_loss"] == pytest.approx(outputs.loss.item(), rel=1e-5)
+
+    def test_a_tokenizer_that_was_trained_is_evaluated_as_it_is(self, trained, lavit_processor, images, tmp_path):
+        args = VWLMMTrainingArguments(str(tmp_path), method="lavit", stage=1, **BY_HAND)
+        trainer = VWLMMTrainer(
+            model=trained, args=args, eval_dataset=images, train_dataset=images, processing_class=lavit_processor
+        )
+        assert {"eval_loss", "eval_codes_used", "eval_kept_share"} <= trainer.evaluate().keys()
+
     def test_any_cut_of_a_step_is_the_same_step(self, tokenizer, lavit_processor, images, tmp_path):
         state = {name: value.clone() for name, value in tokenizer.state_dict().items()}
         losses = []
@@ -157,21 +227,47 @@ class TestTokenizer:
             assert torch.equal(again.state_dict()[name], value), name
         assert again.config.threshold is not None
 
-    def test_dead_codes_are_told(self, tokenizer, lavit_processor, images, tmp_path, caplog, monkeypatch):
-        # The known collapse: a codebook from the first step on draws all tokens together, and many codes are used.
-        monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-        tokenizer.config.commitment_weight = 100.0
-        options = {"random_mask_steps": 0, "continuous_steps": 0, "max_steps": 12}
-        train_tokenizer(tokenizer, lavit_processor, images, tmp_path, **options)
-        assert "codes improve the rebuilt features by a cosine of" in caplog.text
+    @pytest.fixture
+    def warnings(self, lavit_processor, tmp_path, monkeypatch):
+        """Trains a tokenizer on scenes, and returns its last logs and the warnings behind the first half."""
 
-    def test_a_polarised_selector_is_told(self, tokenizer, lavit_processor, images, tmp_path, caplog, monkeypatch):
-        monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+        def train(tokenizer, **options):
+            told = []
+            monkeypatch.setattr(tokenizer_trainer.logger, "warning", told.append)
+            options = {"max_steps": 120, "logging_steps": 20, "learning_rate": 3e-3, **options}
+            trainer = train_tokenizer(tokenizer, lavit_processor, make_scenes(), tmp_path, **options)
+            logs = [entry for entry in trainer.state.log_history if "token_gain" in entry]
+            return logs[-1], [text for text in told if int(text.split()[1].rstrip(":")) > 60]
+
+        return train
+
+    def test_a_healthy_run_is_not_warned_of(self, tokenizer, warnings):
+        last, told = warnings(tokenizer)
+        assert last["token_gain"] > LEAST_GAIN
+        assert not told
+
+    def test_tokens_that_say_nothing_have_no_gain(self, tokenizer, warnings, monkeypatch):
         with torch.no_grad():
-            tokenizer.selector.fc3.weight.mul_(1000)
-        options = {"random_mask_steps": 0, "continuous_steps": 6, "max_steps": 2, "learning_rate": 1e-5}
-        train_tokenizer(tokenizer, lavit_processor, images, tmp_path, **options)
-        assert "has polarised before they carry anything" in caplog.text
+            tokenizer.task_layer[2].weight.zero_()
+        # It stays so: all tokens are its bias.
+        tokenizer.task_layer[2].weight.register_hook(torch.zeros_like)
+        last, told = warnings(tokenizer, weight_decay=0.0)
+        assert abs(last["token_gain"]) < LEAST_GAIN
+        assert told
+        assert all("they are dead" in text for text in told)
+
+    def test_dead_codes_are_told(self, tokenizer, warnings):
+        # The known collapse: a codebook from the first step on draws all tokens together, and many codes are used.
+        tokenizer.config.commitment_weight = 100.0
+        last, told = warnings(tokenizer, random_mask_steps=0, continuous_steps=0)
+        assert last["code_perplexity"] > 2
+        assert any("they are dead" in text for text in told)
+
+    def test_a_polarised_selector_is_told(self, tokenizer, warnings):
+        # The other one: a selector that is fast, before tokens carry anything.
+        tokenizer.config.ratio_weight = 100.0
+        last, told = warnings(tokenizer, random_mask_steps=0, continuous_steps=1000, learning_rate=3e-2)
+        assert any("has polarised before they carry anything" in text for text in told)
 
 
 @pytest.fixture
@@ -197,6 +293,7 @@ def train_model(model, processor, data, folder, **options):
         "global_batch_size": 12,
         "max_steps": 3,
         "max_length": None,
+        "text_first_share": 0,
         **options,
     }
     args = VWLMMTrainingArguments(str(folder), method="lavit", stage=2, **{**BY_HAND, **options})
@@ -257,6 +354,12 @@ class TestUnifiedPreTraining:
             monkeypatch.setattr(VWLMMVisualTokenizer, "encode", None)
             monkeypatch.setattr(VWLMMVisualTokenizer, "select", None)
         assert_close(runs[0], runs[1])
+
+    def test_codes_of_a_column_of_single_images(self, trained, lavit_processor, images):
+        add_codes = tokenize_images(trained, lavit_processor)
+        expected = images.map(add_codes, batched=True)["image_codes"][:]
+        single = Dataset.from_list([*({"image": row["images"][0]} for row in images), {"image": None}])
+        assert single.map(add_codes, batched=True, batch_size=5)["image_codes"][:] == [*expected, []]
 
     def test_dropped_tokens_cost_nothing(self, trained, lavit_processor, pairs, tmp_path, monkeypatch):
         model = make_model(trained)
@@ -368,6 +471,65 @@ class TestBadInput:
     def test_other_stages_write_no_images(self, tmp_path):
         with pytest.raises(ValueError, match="no other writes images"):
             VWLMMTrainingArguments(str(tmp_path), stage=2, text_first_share=0.5)
+
+    def test_both_orders_by_default_where_codes_are_learned(self, tmp_path):
+        def share(**options):
+            args = VWLMMTrainingArguments(str(tmp_path), **options)
+            return replace(args).text_first_share
+
+        assert share(method="lavit", stage=2) == 0.5
+        assert share(method="lavit", stage=2, text_first_share=0.0) == 0
+        assert share(method="lavit", stage=2, visual_objective={}) == 0
+        assert share(method="lavit", stage=1) == share(stage=2) == share(method="vlsa", stage=1) == 0
+
+    @pytest.mark.parametrize("sharding", ["FSDP", "ZeRO-3"])
+    def test_a_sharded_tokenizer(self, tmp_path, monkeypatch, sharding):
+        if sharding == "FSDP":
+            monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        else:
+            monkeypatch.setattr("modeling_vwlmm.training.arguments.is_deepspeed_zero3_enabled", lambda: True)
+        with pytest.raises(ValueError, match=f"{sharding} shards their weights.*launch with DDP or ZeRO-2"):
+            VWLMMTrainingArguments(str(tmp_path), method="lavit", stage=1)
+        VWLMMTrainingArguments(str(tmp_path), method="lavit", stage=2)
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("keep_rate", 2.0),
+            ("keep_rate", 0.0),
+            ("keep_rate", math.nan),
+            ("threshold", 1.5),
+            ("min_tokens", 17),
+            ("min_tokens", -1),
+            ("num_codes", 0),
+            ("code_dim", 0),
+            ("num_merger_layers", 0),
+            ("num_attention_heads", 5),
+            ("ratio_weight", -1.0),
+            ("commitment_weight", math.inf),
+            ("ema_decay", 1.0),
+            ("revive_after", -1),
+            ("layer_norm_eps", 0.0),
+            ("initializer_range", -0.1),
+        ],
+    )
+    def test_numbers_out_of_range(self, name, value):
+        with pytest.raises(ValueError, match=f"`{name}` is .*; expected"):
+            make_tokenizer(**{name: value})
+
+    def test_pixels_of_a_tower_that_nobody_knows(self):
+        torch.manual_seed(0)
+        tokenizer = VWLMMVisualTokenizer.from_vision_pretrained(tiny_vision("siglip"), **TOKENIZER)
+        with pytest.raises(ValueError, match="no `name_or_path`.*pass `image_processor`"):
+            make_processor(tokenizer)
+
+    def test_codes_of_no_images(self, trained, lavit_processor):
+        with pytest.raises(ValueError, match="columns text, and codes are made of `images`"):
+            Dataset.from_list([{"text": "a"}]).map(tokenize_images(trained, lavit_processor), batched=True)
+
+    def test_codes_without_a_tokenizer(self, model, processor):
+        with pytest.raises(ValueError, match="VWLMMForConditionalGeneration, has no visual tokenizer"):
+            tokenize_images(model, processor)
 
     def test_phases_in_order(self, tmp_path):
         with pytest.raises(ValueError, match="no smaller than the first"):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_torch_bf16_gpu_available, logging
 from trl import SFTConfig
 
@@ -25,6 +26,7 @@ STAGE_DEFAULTS = (
     "visual_objective",
     "global_batch_size",
     "gradient_accumulation_steps",
+    "text_first_share",
 )
 
 
@@ -77,9 +79,10 @@ class VWLMMTrainingArguments(SFTConfig):
         spike_threshold (`float`, *optional*, defaults to 20.0):
             A run stops before a step whose loss or gradient norm lies so many deviations above the median of the last
             100 steps, in logarithms (see `History`). At 0 only what is no finite number stops it.
-        text_first_share (`float`, *optional*, defaults to 0.0):
+        text_first_share (`float`, *optional*):
             Of LaVIT's stage 2: the share of pairs of an image and its caption in which the caption stands first, and
-            the model learns to write the image as codes. The paper has both orders.
+            the model learns to write the image as codes. By default 0.5, for the paper has both orders, and 0 where no
+            codes are learned.
         random_mask_steps, continuous_steps (`float`, *optional*, defaults to 0.2 and 0.58):
             Of LaVIT's stage 1: how many steps keep patches at random, and how many in all, these included, pass before
             there is a codebook. Below 1 they are shares of all steps.
@@ -149,9 +152,12 @@ class VWLMMTrainingArguments(SFTConfig):
         default=None,
         metadata={"help": "Peak learning rate of a vision tower that trains. By default `learning_rate`."},
     )
-    text_first_share: float = field(
-        default=0.0,
-        metadata={"help": "LaVIT, stage 2: share of captioned images that are written behind their caption."},
+    text_first_share: float | None = field(
+        default=None,
+        metadata={
+            "help": "LaVIT, stage 2: share of captioned images that are written behind their caption. By default 0.5 "
+            "where codes are learned."
+        },
     )
     random_mask_steps: float = field(
         default=0.2,
@@ -207,6 +213,13 @@ class VWLMMTrainingArguments(SFTConfig):
             # Batches are cut and handed out by rows elsewhere, and images are no rows of a batch.
             self.accelerator_config = {"dispatch_batches": False}
         super().__post_init__()
+        is_fsdp = bool(self.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+        if self.trains_tokenizer and (is_fsdp or is_deepspeed_zero3_enabled()):
+            raise ValueError(
+                "Stage 1 of LaVIT trains a visual tokenizer, whose modules are called outside of its forward where "
+                f"the codebook starts, and here {'FSDP' if is_fsdp else 'ZeRO-3'} shards their weights. A tokenizer "
+                "is small: launch with DDP or ZeRO-2, as `examples/accelerate_configs/zero2.yaml` says."
+            )
         if self.enable_jit_checkpoint:
             raise ValueError(
                 "`enable_jit_checkpoint` is set. `VWLMMTrainer` saves a checkpoint at SIGTERM and at SIGUSR1 without. "
@@ -225,8 +238,8 @@ class VWLMMTrainingArguments(SFTConfig):
             raise ValueError(
                 f"`visual_loss_weight` is {self.visual_loss_weight}; expected a finite number that is not negative."
             )
-        if not 0 <= self.text_first_share <= 1 or (
-            self.text_first_share and (self.method, self.stage) != ("lavit", 2)
+        if self.text_first_share is not None and (
+            not 0 <= self.text_first_share <= 1 or self.text_first_share and (self.method, self.stage) != ("lavit", 2)
         ):
             raise ValueError(
                 f"`text_first_share` is {self.text_first_share} with method={self.method!r} and stage={self.stage}; "
@@ -267,7 +280,9 @@ class VWLMMTrainingArguments(SFTConfig):
                 "weight would be another learning rate. It is 1."
             )
             self.visual_loss_weight = 1.0
-        self.get_objectives()
+        objectives, _ = self.get_objectives()
+        if self.text_first_share is None:
+            self.text_first_share = StageDefaultFloat(stage.text_first_share if "codes" in objectives else 0.0)
 
     @property
     def trains_tokenizer(self) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
-from ..configuration_vwlmm import VWLMMConfig
+from ..configuration_vwlmm import VWLMMConfig, VWLMMVisualTokenizerConfig
 from .arguments import VWLMMTrainingArguments
 
 
@@ -169,19 +169,23 @@ def _texts(value: Any) -> Any:
 
 
 def describe_run(
-    args: VWLMMTrainingArguments, config: VWLMMConfig, data: dict[str, Any], uses_peft: bool
+    args: VWLMMTrainingArguments,
+    config: VWLMMConfig | VWLMMVisualTokenizerConfig,
+    data: dict[str, Any],
+    uses_peft: bool,
 ) -> dict[str, dict[str, Any]]:
     """What a run has to agree on with a checkpoint that it goes on from: what it trains, and on which samples."""
-    text, vision = config.text_config, config.vision_config
+    parts = {"decoder": getattr(config, "text_config", None), "vision tower": config.vision_config}
     objectives, _ = args.get_objectives()
     run = {
         "method": args.method,
         "stage": args.stage,
         "trained modules": "of PEFT" if uses_peft else sorted(args.get_trained_modules()),
         "objectives": sorted(objectives),
-        "decoder": f"{text.model_type}, {text.num_hidden_layers} layers of {text.hidden_size}",
-        "vision tower": f"{vision.model_type}, {vision.num_hidden_layers} layers of {vision.hidden_size}",
     }
+    for name, part in parts.items():
+        if part is not None:
+            run[name] = f"{part.model_type}, {part.num_hidden_layers} layers of {part.hidden_size}"
     order = {
         "data_seed": args.seed if args.data_seed is None else args.data_seed,
         "global_batch_size": args.global_batch_size,

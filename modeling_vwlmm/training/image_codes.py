@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, ProcessorMixin
 
+from ..visual_tokenizer_vwlmm import VWLMMVisualTokenizer
+
 
 def tokenize_images(model: PreTrainedModel, processor: ProcessorMixin) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """
@@ -18,17 +20,33 @@ def tokenize_images(model: PreTrainedModel, processor: ProcessorMixin) -> Callab
     Args:
         model ([`VWLMMForConditionalGeneration`] or [`VWLMMVisualTokenizer`]): The tokenizer, or a model with one.
         processor ([`VWLMMProcessor`]): What makes pixel values of images.
+
+    Raises:
+        ValueError: If the model has no visual tokenizer, or, when it is called, if the dataset has no column `images`,
+            lists of images, or `image`.
     """
-    tokenizer = getattr(getattr(model, "model", model), "visual_tokenizer", None) or model
+    is_tokenizer = isinstance(model, VWLMMVisualTokenizer)
+    tokenizer = model if is_tokenizer else getattr(getattr(model, "model", None), "visual_tokenizer", None)
+    if tokenizer is None:
+        raise ValueError(
+            f"`model`, a {type(model).__name__}, has no visual tokenizer, which makes the codes. Pass the "
+            "VWLMMVisualTokenizer itself, or a model that `from_visual_tokenizer` has made."
+        )
 
     def add_codes(batch: dict[str, Any]) -> dict[str, Any]:
-        images = [image for sample in batch["images"] for image in sample or []]
+        if "images" not in batch and "image" not in batch:
+            raise ValueError(
+                f"The dataset has the columns {', '.join(batch)}, and codes are made of `images`, lists of images, or "
+                "of `image`."
+            )
+        samples = batch.get("images") or [[] if image is None else [image] for image in batch["image"]]
+        images = [image for sample in samples for image in sample or []]
         codes: list[list[int]] = []
         if images:
             pixel_values = processor.image_processor(images, return_tensors="pt")["pixel_values"]  # [I, 3, H, W]
             codes = tokenizer.encode(pixel_values.to(tokenizer.device)).patch_codes.tolist()  # [I][N]
         rows, start = [], 0
-        for sample in batch["images"]:
+        for sample in samples:
             rows.append(codes[start : start + len(sample or [])])
             start += len(sample or [])
         return {"image_codes": rows}

@@ -9,29 +9,66 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object, is_peft_model
+from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
 from .checkpoints import (
     INCOMPLETE,
     RUN_STATE,
+    StopSignals,
+    TrainingInterrupted,
     check_run,
+    describe_data,
     describe_run,
     find_last_checkpoint,
     publish_checkpoint,
     remove_incomplete_checkpoints,
 )
 from .training_modules import load_training_modules, save_training_modules
+from .watching import Stopwatch
 
 
 logger = logging.get_logger(__name__)
 
 
 class SavesWholeCheckpoints:
-    """The part of [`VWLMMTrainer`] that saves and resumes."""
+    """The part of a trainer that saves and resumes."""
+
+    def _prepare_run(self, model: nn.Module, train_dataset: Dataset | IterableDataset | None) -> None:
+        self._base_model, self._config, self._data = model, model.config, describe_data(train_dataset)
+        self._num_steps_taken, self._is_saving = 0, False
+        self._stop_signals, self._stop_votes, self._stops = StopSignals(), None, False
+        self._stopwatch = Stopwatch()
+        self._forget_steps()
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """
+        See `Trainer.train`. Once the stage of a model has ended, it stands in `config.trained_stages`.
+
+        Raises:
+            ValueError: If the checkpoint to resume from is not whole, of another stage, method or model, or of other
+                data (without `ignore_data_changes`).
+            TrainingInterrupted: If SIGTERM or SIGUSR1 came, and a checkpoint has been saved. As a `SystemExit` it ends
+                the process with code 143.
+        """
+        self._has_recorded_stage = False
+        checkpoint = self._find_checkpoint(resume_from_checkpoint)
+        self.remove_callback(RunStateCallback)
+        self.add_callback(RunStateCallback(self, checkpoint))
+        self._forget_steps()
+        with self._stop_signals:
+            output = super().train(checkpoint, *args, **kwargs)
+        if self._stops and self.state.global_step < self.state.max_steps:
+            raise TrainingInterrupted(Path(self.args.output_dir, f"checkpoint-{self.state.global_step}"))
+        self._record_stage()
+        return output
+
+    def _record_stage(self) -> None:
+        """Writes into the config that the stage has ended."""
 
     def _find_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
         self._num_steps_taken, self._stops = 0, False

@@ -41,6 +41,7 @@ class Stage:
         learning_rate: Peak learning rate.
         chat_template: Template of the prompts; `None` for the processor's own.
         objective_options: Options of objectives, by name, where a run leaves them open.
+        text_first_share: Share of pairs of an image and its caption in which the caption stands first.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Stage:
     learning_rate: float
     chat_template: Literal["plain", "lavit"] | None
     objective_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    text_first_share: float = 0.0
 
 
 STAGES = {
@@ -65,7 +67,7 @@ STAGES = {
 TOGETHER = {"codes": {"normalization": "together"}}
 LAVIT_STAGES = {
     1: Stage("visual tokenizer", (), None, (), 2048, 1e-4, None),
-    2: Stage("unified pre-training", (DECODER, MM_HEAD, ADAPTER), TOGETHER, (), 2048, 1e-4, "lavit"),
+    2: Stage("unified pre-training", (DECODER, MM_HEAD, ADAPTER), TOGETHER, (), 2048, 1e-4, "lavit", {}, 0.5),
 }
 
 # VLSA (OpenReview RLhEGWt94S, section 4.1). Its text has no table of settings: rates and batches are LLaVA's. In stage

@@ -23,7 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 from trl import SFTTrainer
 from trl.chat_template_utils import has_generation_markers
@@ -41,11 +41,6 @@ from ..patches_vwlmm import find_snapshots
 from ..placeholders_vwlmm import replace_placeholders
 from ..visual_tokenizer_vwlmm import VWLMMVisualTokenizer
 from .arguments import VWLMMTrainingArguments
-from .checkpoints import (
-    StopSignals,
-    TrainingInterrupted,
-    describe_data,
-)
 from .checks import (
     all_datasets,
     check_answers,
@@ -64,11 +59,11 @@ from .lockstep import encode_no_images
 from .means import PositionMeans
 from .model_card import TAGS, is_hub_id, make_model_card, read_training_procedure
 from .no_cache import NoCache
-from .saving import RunStateCallback, SavesWholeCheckpoints
+from .saving import SavesWholeCheckpoints
 from .stages import METHODS, record_name, set_trainable_parameters
 from .tokenizer_trainer import VisualTokenizerTrainer
 from .training_modules import attach_training_modules
-from .watching import History, Stopwatch, TrainingDiverged, measure_gradient_norms, measure_memory
+from .watching import StopsWhenDiverged, measure_gradient_norms, measure_memory
 
 
 logger = logging.get_logger(__name__)
@@ -77,7 +72,7 @@ logger = logging.get_logger(__name__)
 SOURCE_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
-class VWLMMTrainer(SavesWholeCheckpoints, LoadsInOrder, SFTTrainer):
+class VWLMMTrainer(SavesWholeCheckpoints, StopsWhenDiverged, LoadsInOrder, SFTTrainer):
     """
     Trainer of VW-LMM's four stages, on top of TRL's `SFTTrainer`.
 
@@ -214,8 +209,7 @@ class VWLMMTrainer(SavesWholeCheckpoints, LoadsInOrder, SFTTrainer):
         args.packing, args.model_init_kwargs = packing, model_init_kwargs
         args.assistant_only_loss = assistant_only_loss
 
-        self._base_model = base_model
-        self._config = base_model.config
+        self._prepare_run(base_model, train_dataset)
         self._objectives, self._weights = args.get_objectives()
         check_taught_modules(base_model, self._objectives)
         # Now, so that PEFT leaves them alone, and not later, because the optimizer has to know them.
@@ -256,18 +250,9 @@ class VWLMMTrainer(SavesWholeCheckpoints, LoadsInOrder, SFTTrainer):
             )
         if packing and isinstance(train_dataset, IterableDataset):
             logger.warning("`packing` of streamed data puts the samples of a micro-batch into one row, and no others.")
-        self._loss_of_step = 0.0
-        self._data = describe_data(train_dataset)
         self._num_skipped_samples = getattr(train_dataset, "num_skipped_samples", None)
-        self._num_steps_taken = 0
-        self._is_saving = False
-        self._stop_signals = StopSignals()
-        self._stop_votes: torch.Tensor | None = None
-        self._stops = False
         self._means = {mode: PositionMeans(self._weights) for mode in ("train", "eval")}
-        self._last_losses: dict[str, torch.Tensor] = {}
         self._grad_norms: dict[str, torch.Tensor] = {}
-        self._history, self._stopwatch = History(args.spike_threshold), Stopwatch()
         self._has_seen_images = False
         self.add_callback(UntrainedParameters(self))
 
@@ -296,31 +281,9 @@ class VWLMMTrainer(SavesWholeCheckpoints, LoadsInOrder, SFTTrainer):
         needed = ["id", PART_COLUMN, *(column for o in objectives for column in (*o.columns, *o.optional_columns))]
         self._signature_columns += [column for column in needed if column not in self._signature_columns]
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """
-        See `Trainer.train`. Once the stage has ended, it stands in `config.trained_stages`, also if it stood there
-        before: they are in order.
-
-        Raises:
-            ValueError: If the checkpoint to resume from is not whole, of another stage, method or model, or of other
-                data (without `ignore_data_changes`).
-            TrainingInterrupted: If SIGTERM or SIGUSR1 came, and a checkpoint has been saved. As a `SystemExit` it ends
-                the process with code 143.
-        """
-        self._has_recorded_stage = False
-        checkpoint = self._find_checkpoint(resume_from_checkpoint)
-        self.remove_callback(RunStateCallback)
-        self.add_callback(RunStateCallback(self, checkpoint))
-        self._history, self._grad_norms = History(self.args.spike_threshold), {}
-        with self._stop_signals:
-            output = super().train(checkpoint, *args, **kwargs)
-        if self._stops and self.state.global_step < self.state.max_steps:
-            raise TrainingInterrupted(Path(self.args.output_dir, f"checkpoint-{self.state.global_step}"))
-        self._record_stage()
-        return output
-
     def _record_stage(self) -> None:
-        # Once a run, and not again where one is resumed from a checkpoint of its last step.
+        # Once a run, also if it stood there before: they are in order. And not again where a run is resumed from a
+        # checkpoint of its last step.
         stages, takes_steps = self._config.trained_stages, self.state.global_step > self._num_steps_taken
         record = record_name(self.args.method, self.args.stage)
         if not self._has_recorded_stage and (takes_steps or stages[-1:] != [record]):
@@ -412,10 +375,7 @@ class VWLMMTrainer(SavesWholeCheckpoints, LoadsInOrder, SFTTrainer):
             if self.args.average_tokens_across_devices:
                 # Gradients are averaged over processes, and each process has divided by the positions of all.
                 loss = loss * self.accelerator.num_processes
-            self._loss_of_step = self._loss_of_step + loss.detach()
-            self._last_losses = {name: loss.detach() for name, loss in outputs.losses.items()}
-            if self.is_deepspeed_enabled and self.accelerator.sync_gradients:
-                self._check_step()
+            self._watch_loss(loss, outputs.losses)
         means.add_terms(outputs.terms)
         return (loss, outputs) if return_outputs else loss
 
@@ -441,33 +401,11 @@ class VWLMMTrainer(SavesWholeCheckpoints, LoadsInOrder, SFTTrainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor | float | None:
         # Private: the one place that knows the norm before the weights change.
         grad_norm = super()._get_grad_norm(model, grad_norm)
-        if not self.is_deepspeed_enabled:  # whose engine steps with the backward pass, and keeps gradients to itself
-            self._check_step(getattr(grad_norm, "full_tensor", lambda: grad_norm)())
+        if not self.is_deepspeed_enabled:  # whose engine keeps gradients to itself
             steps = self.state.logging_steps
             if self.args.logging_strategy != "steps" or not (self.state.global_step + 1) % max(steps, 1):
                 self._grad_norms = measure_gradient_norms(model, grad_norm)
         return grad_norm
-
-    def _check_step(self, grad_norm: torch.Tensor | None = None) -> None:
-        # Once a step, and the only time that the host waits for the device.
-        values = {"loss": self._loss_of_step}
-        if grad_norm is not None and self.accelerator.scaler is None:  # which looks at gradients itself
-            values["gradient norm"] = grad_norm
-        if self._stop_votes is not None:  # a signal, of which one process may know alone
-            values["stops"] = self._stop_votes
-            # Of all processes, so that they agree. Each has its share times their number.
-            values["loss"] = self.accelerator.reduce(values["loss"], "mean")
-        values["text"] = torch.as_tensor(self._num_text_positions, device=values["loss"].device)
-        read = dict(zip(values, torch.stack([value.float() for value in values.values()]).tolist(), strict=True))
-        self._loss_of_step, self._stops, has_text = 0.0, bool(read.pop("stops", 0)), read.pop("text") > 0
-        if outlier := self._history.find_outlier(read, has_text):
-            losses = ", ".join(f"{name} {loss.item():.4g}" for name, loss in self._last_losses.items())
-            raise TrainingDiverged(
-                f"The {outlier[0]} of step {self.state.global_step + 1} is {outlier[1]} (of its last micro-batch: "
-                f"{losses}). Training stops before this step changes the weights; checkpoints in "
-                f"{self.args.output_dir} are untouched. Go on from the last of them with a lower learning rate, or "
-                "look at the data of this step. `spike_threshold` says what is far outside."
-            )
 
     def _make_no_cache(self, inputs: dict[str, Any]) -> NoCache | None:
         # A layer with checkpointed activations refuses any cache with a warning, and some layers keep other states.

@@ -63,6 +63,51 @@ class History:
         return None
 
 
+class StopsWhenDiverged:
+    """The part of a trainer that stops a run whose loss or gradient norm is no finite number, or far outside."""
+
+    def _forget_steps(self) -> None:
+        self._loss_of_step: torch.Tensor | float = 0.0
+        self._last_losses: dict[str, torch.Tensor] = {}
+        self._num_text_positions: int | torch.Tensor = 0  # of the step
+        self._history = History(self.args.spike_threshold)
+
+    def _watch_loss(self, loss: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> None:
+        """Adds the loss of a micro-batch, which has been divided by what is in the whole step."""
+        self._loss_of_step = self._loss_of_step + loss.detach()
+        self._last_losses = {name: part.detach() for name, part in parts.items()}
+        if self.is_deepspeed_enabled and self.accelerator.sync_gradients:
+            self._check_step()
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor | float | None:
+        # Private: the one place that knows the norm before the weights change.
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        if not self.is_deepspeed_enabled:  # whose engine steps with the backward pass
+            self._check_step(getattr(grad_norm, "full_tensor", lambda: grad_norm)())
+        return grad_norm
+
+    def _check_step(self, grad_norm: torch.Tensor | None = None) -> None:
+        # Once a step, and the only time that the host waits for the device.
+        values = {"loss": self._loss_of_step}
+        if grad_norm is not None and self.accelerator.scaler is None:  # which looks at gradients itself
+            values["gradient norm"] = grad_norm
+        if self._stop_votes is not None:  # a signal, of which one process may know alone
+            values["stops"] = self._stop_votes
+            # Of all processes, so that they agree. Each has its share times their number.
+            values["loss"] = self.accelerator.reduce(values["loss"], "mean")
+        values["text"] = torch.as_tensor(self._num_text_positions, device=values["loss"].device)
+        read = dict(zip(values, torch.stack([value.float() for value in values.values()]).tolist(), strict=True))
+        self._loss_of_step, self._stops, has_text = 0.0, bool(read.pop("stops", 0)), read.pop("text") > 0
+        if outlier := self._history.find_outlier(read, has_text):
+            losses = ", ".join(f"{name} {loss.item():.4g}" for name, loss in self._last_losses.items())
+            raise TrainingDiverged(
+                f"The {outlier[0]} of step {self.state.global_step + 1} is {outlier[1]} (of its last micro-batch: "
+                f"{losses}). Training stops before this step changes the weights; checkpoints in "
+                f"{self.args.output_dir} are untouched. Go on from the last of them with a lower learning rate, or "
+                "look at the data of this step. `spike_threshold` says what is far outside."
+            )
+
+
 class Stopwatch:
     """Time since the last log, and how much of it went by in waiting for data."""
 
