@@ -23,8 +23,8 @@ def demo():
 
 
 def make_record(objects: dict[int, list[str]]) -> dict:
-    """An image of 8 x 8 patches, white but for those that have words here."""
-    return {"patch_words": [objects.get(patch, ["white"]) for patch in range(64)]}
+    """An image of 8 x 8 patches, dark but for those that have words here."""
+    return {"patch_words": [objects.get(patch, ["dark"]) for patch in range(64)]}
 
 
 # A red circle over two rows, one more to its right, beyond the middle, and one below.
@@ -51,7 +51,7 @@ def test_correlation(demo):
 
 
 def test_a_code_agrees_as_far_as_its_most_frequent_word(demo):
-    words = [["red", "circle"], ["red", "square"], ["blue", "circle"], ["white"], ["blue", "square"]]
+    words = [["red", "circle"], ["red", "square"], ["blue", "circle"], ["dark"], ["blue", "square"]]
     keep_mask = torch.tensor([[True, True, True, True, False]])
     tokens = SimpleNamespace(keep_mask=keep_mask, code_ids=torch.tensor([7, 7, 7, 7]))
     assert demo.agree(tokens, [words]) == {"colour": pytest.approx(2 / 3), "shape": pytest.approx(2 / 3)}
