@@ -257,17 +257,33 @@ class TestTokenizer:
         assert all("they are dead" in text for text in told)
 
     def test_dead_codes_are_told(self, tokenizer, warnings):
-        # The known collapse: a codebook from the first step on draws all tokens together, and many codes are used.
-        tokenizer.config.commitment_weight = 100.0
-        last, told = warnings(tokenizer, random_mask_steps=0, continuous_steps=0)
-        assert last["code_perplexity"] > 2
-        assert any("they are dead" in text for text in told)
+        # The known collapse: tokens that are nearly alike, as they begin, are drawn together by a codebook from the
+        # first step on, and many codes are used. From the same beginning a continuous phase spreads them.
+        state = {name: value.clone() for name, value in tokenizer.state_dict().items()}
+        state["task_layer.2.bias"].fill_(20)
+        tokenizer.load_state_dict(state)
+        last, told = warnings(tokenizer, max_steps=100)
+        assert last["token_gain"] > LEAST_GAIN
+        assert not told
+        tokenizer.load_state_dict(state)
+        tokenizer.config.commitment_weight = 1e4
+        last, told = warnings(tokenizer, max_steps=100, random_mask_steps=0, continuous_steps=0)
+        assert last["code_perplexity"] > 4
+        assert last["token_gain"] < LEAST_GAIN
+        assert told
+        assert all("they are dead" in text for text in told)
 
     def test_a_polarised_selector_is_told(self, tokenizer, warnings):
-        # The other one: a selector that is fast, before tokens carry anything.
-        tokenizer.config.ratio_weight = 100.0
-        last, told = warnings(tokenizer, random_mask_steps=0, continuous_steps=1000, learning_rate=3e-2)
-        assert any("has polarised before they carry anything" in text for text in told)
+        # The other one: a selector that learns before tokens carry anything, which here never come to.
+        for module in (tokenizer.merger, tokenizer.task_layer, tokenizer.decoder):
+            for parameter in module.parameters():
+                parameter.register_hook(torch.zeros_like)
+        tokenizer.config.ratio_weight = 0.0
+        options = {"random_mask_steps": 0, "continuous_steps": 1000, "learning_rate": 3e-2, "weight_decay": 0.0}
+        last, told = warnings(tokenizer, **options)
+        assert last["token_gain"] < LEAST_GAIN
+        assert told
+        assert all("has polarised before they carry anything" in text for text in told)
 
 
 @pytest.fixture

@@ -122,7 +122,7 @@ class VisualTokenizerTrainer(SavesWholeCheckpoints, StopsWhenDiverged, Trainer):
         self._seed = args.seed if args.data_seed is None else args.data_seed
         # Whether the second phase has begun. Without a run the tokenizer is evaluated as it is.
         self.has_codebook = True
-        self._probabilities: deque[torch.Tensor] = deque()
+        self._probabilities: deque[torch.Tensor] = deque(maxlen=THRESHOLD_IMAGES)  # [N] each
         self._means = {mode: TokenMeans(model) for mode in ("train", "eval")}
         self.add_callback(CodebookCallback(self))
 
@@ -263,7 +263,7 @@ class VisualTokenizerTrainer(SavesWholeCheckpoints, StopsWhenDiverged, Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """See `Trainer.evaluation_loop`. The metrics have what is logged in training, and no image counts for more."""
+        """See `Trainer.evaluation_loop`. The metrics have what is logged in training, as means over images."""
         self._means["eval"].clear()  # of an evaluation that failed
         output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         means, config = self._means["eval"].pop(), self._tokenizer.config
@@ -280,14 +280,12 @@ class VisualTokenizerTrainer(SavesWholeCheckpoints, StopsWhenDiverged, Trainer):
 
     @torch.no_grad()
     def _note_probabilities(self, selector_log_probs: torch.Tensor) -> None:
-        self._probabilities.append(selector_log_probs[..., 0].exp().cpu())  # [I, N]
-        while sum(map(len, self._probabilities)) - len(self._probabilities[0]) >= THRESHOLD_IMAGES:
-            self._probabilities.popleft()
+        self._probabilities.extend(selector_log_probs[..., 0].exp().cpu())  # [I, N]
 
     def _gather_probabilities(self) -> torch.Tensor:
         """Those of the last images of all processes, `[I, N]`."""
         num_patches = self._tokenizer.config.num_patches
-        return gather(torch.cat([torch.empty(0, num_patches), *self._probabilities]))
+        return gather(torch.stack([*self._probabilities]) if self._probabilities else torch.empty(0, num_patches))
 
     def _set_threshold(self, probabilities: torch.Tensor) -> None:
         if len(probabilities):
@@ -313,7 +311,7 @@ class VisualTokenizerTrainer(SavesWholeCheckpoints, StopsWhenDiverged, Trainer):
         if checkpoint is not None:
             probabilities = load_file(Path(checkpoint, PROBABILITIES))["probabilities"]  # [I, N]
             index, num_processes = self.accelerator.process_index, self.accelerator.num_processes
-            self._probabilities.extend(probabilities.tensor_split(num_processes)[index].split(1))
+            self._probabilities.extend(probabilities.tensor_split(num_processes)[index])
         return checkpoint
 
     def _get_sums_since_last_log(self) -> dict[str, Any]:
