@@ -36,7 +36,7 @@ from processing_vwlmm import VWLMMProcessor
 
 RECIPES = Path("examples/recipes/small_world")
 RUNS = Path("runs/small_world")
-NUM_CAPTIONS, NUM_CONVERSATIONS, NUM_QUESTIONS = 4800, 3800, 3000
+NUM_CAPTIONS, NUM_CONVERSATIONS, NUM_QUESTIONS = 4000, 3200, 2400
 STAGES = ("adapter", "decoder and adapter", "VM head")  # before stage IV, and what each trains
 NO_VISUAL_MODELING, STAGE4, PSEUDO = "- visual modeling", "stage IV", "stage IV, pseudo image features"
 # Of stage IV: name, folder, and what each has in place of the recipe's lines.
