@@ -332,7 +332,10 @@ class TestLoss:
 
     def test_any_cut_gives_the_same_loss_and_gradients(self, model, options):
         attach(model, options)
+        # In double precision, for what fp32 leaves of a sum depends on the processor.
+        model.double()
         batch, counts = make_batch(4), {"language": 4, "reconstruction": 4}
+        batch["pixel_values"] = batch["pixel_values"].double()
         found = []
         for size in (4, 2, 1):
             model.zero_grad()

@@ -1107,10 +1107,3 @@ class TestImagesWithoutText:
         mixed = mix_datasets([plain, labelled], [1, 2])
         assert [sample["image_labels"] for sample in mixed] == [None] * 4 + [labels] * 8
         assert mix_datasets([plain, plain], [1, 1]).column_names == plain.column_names
-
-    def test_no_loss_where_nothing_was_learned(self, model, processor, images, tmp_path):
-        trainer = self.make(model, processor, images, tmp_path, stage=4)
-        trainer.train()
-        entry = next(entry for entry in trainer.state.log_history if "visual_words_loss" in entry)
-        assert entry["num_text_positions"] == 0 and "language_loss" not in entry
-        assert not {name for name in trainer.evaluate(trainer.train_dataset) if "language_loss" in name}
