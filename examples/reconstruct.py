@@ -153,6 +153,8 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(args)
+    if options.steps < 1:
+        parser.error(f"--steps is {options.steps}; expected 1 or more, for noise alone is no reconstruction")
     model, processor = load(options.checkpoint, vae=options.vae, denoiser=options.denoiser)
     images = [Image.open(file).convert("RGB") for file in options.images]
     pictures = reconstruct(model.to(options.device), processor, images, options.steps, options.seed)

@@ -157,12 +157,20 @@ def compute_file(
         [`VQIndices`]
 
     Raises:
-        ValueError: If what is there already is of other images or another model, if there are no images, or if the
-            model cannot encode images of that size.
+        ValueError: If what is there already is of other images or another model or no indices, if there is no folder
+            or no image, or if the model cannot encode images of that size.
     """
     out = Path(out)
     if out.suffix != ".npy":
         raise ValueError(f"The output is {out}, expected a `.npy` file.")
+    if not out.parent.is_dir():
+        raise ValueError(f"The output is {out}, and there is no folder {out.parent}. Make it first.")
+    description = out.with_suffix(".json")
+    if description.exists() and not (out.exists() or out.with_suffix(".npy.unfinished").exists()):
+        raise ValueError(
+            f"{description}, where the description of {out} goes, is there already, and no {out.name} beside it: it "
+            "may be your data. Write to another file, or delete it."
+        )
     if not images:
         raise ValueError("The data set has no images, so that there are no indices to compute.")
     try:
@@ -266,6 +274,8 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--on-bad-image", default="raise", choices=("raise", "skip"), help="as in training")
     options = parser.parse_args(args)
+    if Path(options.out).with_suffix(".json").absolute() == Path(options.json_file).absolute():
+        parser.error(f"what {options.out} is of would go to {options.json_file}, your data; choose another name")
     vq = load_vq_model(options.model, options.subfolder).to(options.device)  # first: reading may take minutes
     images = find_images(options.json_file, options.image_folder, options.on_bad_image)
     indices = compute_file(

@@ -46,7 +46,7 @@ def split_patches(patch_features: torch.Tensor, patch_boxes: torch.Tensor) -> tu
 
     Raises:
         ValueError: If there is not a box for each row, or the rows do not begin with a snapshot, or a snapshot has no
-            patches.
+            patches, or a box is none.
     """
     num_rows = len(patch_features)
     if patch_boxes.shape != (num_rows, 4):
@@ -56,12 +56,20 @@ def split_patches(patch_features: torch.Tensor, patch_boxes: torch.Tensor) -> tu
         )
     patch_boxes = patch_boxes.to(patch_features.device)
     is_snapshot = find_snapshots(patch_boxes)  # [R]
-    starts = is_snapshot.nonzero().flatten().tolist()
-    num_patches = [end - start - 1 for start, end in zip(starts, [*starts[1:], num_rows], strict=True)]
+    is_box = patch_boxes.isfinite().all(dim=-1) & (patch_boxes[:, :2] < patch_boxes[:, 2:]).all(dim=-1)  # [R]
+    kinds = torch.stack([is_snapshot, is_box], dim=1).tolist()  # one read for both
+    starts = [row for row, (is_start, _) in enumerate(kinds) if is_start]
     if num_rows and starts[:1] != [0]:
         raise ValueError(
             f"Row 0 of `patch_boxes` is {patch_boxes[0].tolist()}; expected zeros, for an image begins with its "
             "snapshot. Pass rows in the order of the processor."
+        )
+    num_patches = [end - start - 1 for start, end in zip(starts, [*starts[1:], num_rows], strict=True)]
+    if [False, False] in kinds:
+        row = kinds.index([False, False])
+        raise ValueError(
+            f"Row {row} of `patch_boxes` is {patch_boxes[row].tolist()}; expected finite (y0, x0, y1, x1) with y0 < "
+            "y1 and x0 < x1, or zeros for a snapshot. Pass boxes as the processor returns them."
         )
     if 0 in num_patches:
         raise ValueError(

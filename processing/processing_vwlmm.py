@@ -92,7 +92,8 @@ class VWLMMProcessor(LlavaProcessor):
         max_patches: int | None = None,
         **kwargs: Any,
     ) -> None:
-        if max_patches is not None and (not isinstance(max_patches, int) or max_patches < 1):
+        is_number = isinstance(max_patches, int) and not isinstance(max_patches, bool)
+        if max_patches is not None and (not is_number or max_patches < 1):
             raise ValueError(
                 f"`max_patches` is {max_patches!r}; expected a whole number from 1 on, or None for no patches."
             )

@@ -710,6 +710,19 @@ class TestIndexFile:
             distinct.add(found.tobytes())
         assert len(distinct) == 10
 
+    def test_data_of_the_same_name_are_left_alone(self, vq, images, tmp_path, capsys):
+        """`data.npy` and its description `data.json`, where `data.json` is the data set."""
+        data = tmp_path / "data.json"
+        data.write_text("[]")
+        with pytest.raises(ValueError, match="is there already, and no data.npy beside it: it may be your data"):
+            self.run(tmp_path / "data.npy", images, vq)
+        with pytest.raises(SystemExit):
+            vq_indices.main([str(data), str(tmp_path), str(tmp_path / "data.npy")])
+        assert "your data; choose another name" in capsys.readouterr().err
+        assert data.read_text() == "[]"
+        with pytest.raises(ValueError, match="there is no folder .*missing. Make it first"):
+            self.run(tmp_path / "missing" / "out.npy", images, vq)
+
     @pytest.mark.parametrize("num_batches", [0, 1, 3])
     def test_killed(self, vq, images, tmp_path, monkeypatch, num_batches):
         """A run that was killed goes on, and computes no image twice, but those of the batch it was killed in."""

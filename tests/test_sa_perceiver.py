@@ -470,6 +470,9 @@ class TestModel:
             (lambda boxes: boxes.roll(-1, 0), "Row 0 of `patch_boxes` is .*; expected zeros.*snapshot"),
             (lambda boxes: boxes * torch.tensor([1, 1, 1, 1, 0])[:, None], "Row 4 .* with no patch behind it"),
             (lambda boxes: boxes * 0, "Row 0 .* with no patch behind it.*Leave `patch_boxes` out"),
+            (lambda boxes: boxes + 1, "Row 0 of `patch_boxes` is .*; expected zeros.*snapshot"),
+            (lambda boxes: boxes[:, [2, 3, 0, 1]], "Row 1 of `patch_boxes` is .*; expected finite .* with y0 < y1"),
+            (lambda boxes: boxes / (boxes > 0.6), "Row [0-9] of `patch_boxes` is .*"),
         ],
     )
     def test_boxes_that_do_not_fit(self, model, processor, change, message):

@@ -20,7 +20,7 @@ from ..configuration_vwlmm import VWLMMConfig
 from ..objectives_vwlmm import Objective
 from .arguments import VWLMMTrainingArguments
 from .sampling import count_images, has_image_column
-from .stages import DECODER, MODULES
+from .stages import DECODER, METHODS, MODULES
 
 
 if TYPE_CHECKING:
@@ -85,9 +85,10 @@ def check_options(args: VWLMMTrainingArguments, kwargs: dict, uses_peft: bool) -
             "its config, or leave one of the two out."
         )
     if uses_peft and DECODER not in args.get_trained_modules():
+        stages = " and ".join(str(n) for n, stage in METHODS[args.method].items() if DECODER in stage.trains)
         raise ValueError(
             f"Stage {args.stage} trains {', '.join(args.get_trained_modules())} alone, which PEFT would freeze. Use "
-            "PEFT in stages 2 and 4, or leave `peft_config` out."
+            f"PEFT where the decoder trains, in stage {stages}, or leave `peft_config` out."
         )
 
 
