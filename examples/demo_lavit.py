@@ -282,7 +282,9 @@ def time_steps(
         return_tensors="pt",
     )
     inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-    mlp = VWLMMForConditionalGeneration.from_visual_tokenizer(tokenizer, LANGUAGE_MODEL, adapter="mlp")
+    mlp = VWLMMForConditionalGeneration.from_visual_tokenizer(
+        tokenizer, LANGUAGE_MODEL, adapter="mlp", dtype=torch.float32
+    )
     models = {"mlp": mlp, "text": model, "text and codes": model}
     times: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(9):
