@@ -213,8 +213,10 @@ class TestWhatIsResumed:
         options = {"max_steps": 2, "save_total_limit": None}
         make_trainer(vicuna, data, str(tmp_path), 4, **options).train()
 
-        def resume(stage=4, data=data, checkpoint="checkpoint-1", **changes):
+        def resume(stage=4, data=data, checkpoint="checkpoint-1", config=None, **changes):
             trainer = make_trainer(vicuna, data, str(tmp_path), stage, **{**options, **changes})
+            for name, value in (config or {}).items():
+                setattr(trainer.model.config, name, value)
             trainer.train(resume_from_checkpoint=str(tmp_path / checkpoint) if checkpoint else True)
             return trainer
 
@@ -262,3 +264,15 @@ class TestWhatIsResumed:
     def test_another_stage(self, run):
         with pytest.raises(ValueError, match="made by another run: stage was 4 and is 2"):
             run(stage=2, ignore_data_changes=True)
+
+    @pytest.mark.parametrize(
+        ("name", "before", "now"),
+        [
+            ("visual_word_temperature", 1.0, 0.25),
+            ("pseudo_image_feature_temperature", 1.0, 0.5),
+            ("use_pseudo_image_features", False, True),
+        ],
+    )
+    def test_other_words(self, run, name, before, now):
+        with pytest.raises(ValueError, match=f"made by another run: {name} was {before} and is {now}"):
+            run(config={name: now}, ignore_data_changes=True)

@@ -9,6 +9,8 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import datasets
 import pytest
@@ -21,7 +23,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 from trl import DPOConfig, DPOTrainer, ModelConfig, SFTConfig, SFTTrainer, TrlParser
 
-from modeling_vwlmm import VWLMMForConditionalGeneration, VWLMMTrainer, VWLMMTrainingArguments
+from modeling_vwlmm import VWLMMConfig, VWLMMForConditionalGeneration, VWLMMTrainer, VWLMMTrainingArguments
 
 
 ROOT = Path(__file__).parent.parent
@@ -421,6 +423,22 @@ class TestRecipes:
         assert (model.config.adapter, model.config.adapter_config) == ("sa_perceiver", {"max_patches": 2})
         assert model.model.multi_modal_projector.perceiver.w_o1.weight.any()
         assert type(processor).from_pretrained(tmp_path / "run").max_patches == 2
+
+    def test_temperatures_of_a_recipe(self, tmp_path, monkeypatch):
+        """Whole numbers, too, reach the model that trains."""
+        train = load_example("train")
+        recipe = (EXAMPLES / "recipes/small_world/stage4.yaml").read_text()
+        words = "visual_word_temperature: 2\npseudo_image_feature_temperature: 0.5\nuse_pseudo_image_features: true\n"
+        (tmp_path / "recipe.yaml").write_text(f"{recipe}\n{words}")
+        config, found = VWLMMConfig(), {}
+        model = SimpleNamespace(config=config)
+        monkeypatch.setattr(train, "load_data", lambda *_: datasets.Dataset.from_list([{"images": [], "messages": []}]))
+        monkeypatch.setattr(train, "load_model", lambda *_: (model, None))
+        monkeypatch.setattr(train, "find_last_checkpoint", lambda _: None)
+        monkeypatch.setattr(train, "VWLMMTrainer", lambda **kwargs: found.update(kwargs) or MagicMock())
+        train.main(["--config", str(tmp_path / "recipe.yaml"), "--use_cpu", "--bf16", "false"])
+        assert found["model"] is model and config.use_pseudo_image_features
+        assert (config.visual_word_temperature, config.pseudo_image_feature_temperature) == (2, 0.5)
 
     def test_bad_adapter_of_a_recipe(self):
         train = load_example("train")

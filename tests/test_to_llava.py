@@ -168,6 +168,14 @@ class TestRefusals:
         model.config.use_pseudo_image_features = False
         assert model.to_llava()
 
+    def test_temperatures_are_left_behind(self, model):
+        """They are of targets and of pseudo image features, which LLaVA has not."""
+        expected = forward(model)
+        model.config.visual_word_temperature = model.config.pseudo_image_feature_temperature = 0.25
+        llava = model.to_llava()
+        assert torch.equal(forward(llava)[..., :IMAGE], expected)
+        assert not [name for name in llava.config.to_dict() if "temperature" in name]
+
     def test_another_adapter(self, monkeypatch):
         monkeypatch.setitem(ADAPTERS, "gated", GatedAdapter)
         model = VWLMMForConditionalGeneration.from_vision_text_pretrained(

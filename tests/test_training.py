@@ -1045,6 +1045,12 @@ def test_lora_trains_the_adapters_alone(make_trainer, model):
     assert any(p.abs().max() > 0 for name, p in trainer.model.named_parameters() if "lora_B" in name)
 
 
+def test_a_temperature_that_is_none_is_refused_before_a_step(make_trainer, model):
+    model.config.visual_word_temperature = math.nan
+    with pytest.raises(ValueError, match="`visual_word_temperature` is nan; expected a finite number above 0"):
+        make_trainer(4)
+
+
 class TestImagesWithoutText:
     @pytest.fixture
     def images(self):

@@ -186,6 +186,9 @@ def describe_run(
     for name, part in parts.items():
         if part is not None:
             run[name] = f"{part.model_type}, {part.num_hidden_layers} layers of {part.hidden_size}"
+    if isinstance(config, VWLMMConfig):  # what is learned, or read, of visual words
+        words = ("use_pseudo_image_features", "visual_word_temperature", "pseudo_image_feature_temperature")
+        run |= {name: getattr(config, name) for name in words}
     order = {
         "data_seed": args.seed if args.data_seed is None else args.data_seed,
         "global_batch_size": args.global_batch_size,

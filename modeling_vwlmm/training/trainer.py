@@ -99,8 +99,8 @@ class VWLMMTrainer(SavesWholeCheckpoints, StopsWhenDiverged, LoadsInOrder, SFTTr
 
     Raises:
         TypeError: If `model` is no VW-LMM, or `args` no [`VWLMMTrainingArguments`].
-        ValueError: If model and processor disagree on the image placeholder, `max_length` would cut image tokens, or
-            Transformers (not PEFT) has attached an adapter to the model.
+        ValueError: If model and processor disagree on the image placeholder, `max_length` would cut image tokens, a
+            temperature is no finite number above 0, or Transformers (not PEFT) has attached an adapter to the model.
         TrainingDiverged: While training, if the loss or the norm of the gradients is NaN or infinite, or far outside
             of its own history (`spike_threshold`).
 
@@ -177,6 +177,7 @@ class VWLMMTrainer(SavesWholeCheckpoints, StopsWhenDiverged, LoadsInOrder, SFTTr
                 "adapter).merge_and_unload()`, or pass the `PeftModel` to go on training the adapter."
             )
         check_is_dense(base_model.config.text_config)
+        base_model.config.check_temperatures()
         check_options(args, kwargs, uses_peft=is_peft_model(model) or peft_config is not None)
         if isinstance(train_dataset, IterableDataset):
             check_stream_options(args)
