@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, Image, IterableDataset
 from transformers.utils import logging
 
@@ -87,7 +88,7 @@ def add_cognition_alignment(
     Each such pair stands at a random place behind the turn with its image: between two pairs of the conversation or at
     its end. A sample gets one pair or none, so that the shares cannot sum to more than 1. What is drawn follows from
     `seed` and the sample's id alone, whatever other samples there are and in whatever order. Samples without an image
-    stay as they are.
+    stay as they are, and so do images without an answer, behind which a pair could stand.
 
     Nothing is read until a sample is: a map-style dataset gets a transform (`datasets.Dataset.with_transform`), which
     `group_by_length`, `packing` and [`mix_datasets`] know of; a streamed one a `map`. There every process reads the
@@ -99,7 +100,7 @@ def add_cognition_alignment(
             is returned as it is.
         seed (`int`): Of all that is drawn.
         pixel_share, index_share (`float`, *optional*, default to 0.25):
-            Of the samples with images, the share that gets a question of each kind.
+            Of the samples with images and an answer, the share that gets a question of each kind.
         grid (`int`, *optional*, defaults to 8): Rows and columns of an answer.
         indices (`str`, `os.PathLike` or [`VQIndices`], *optional*):
             The `.npy` file that `examples/vq_indices.py` has written. Without it no question is about indices, and a
@@ -283,13 +284,13 @@ class CognitionAlignment:
         return [(kind, place + 1)]
 
     def draw_kind(self, sample_id: str | int) -> str | None:
-        """Which question a sample with images gets: `"pixel"`, `"index"` or none."""
+        """Which question a sample with images and an answer gets: `"pixel"`, `"index"` or none."""
         return (*KINDS, None)[self._draw_kinds([sample_id])[0]]
 
     def estimate_added_tokens(self, table: pa.Table) -> np.ndarray:
         """About how many tokens each row of a dataset's table gets added, `[samples]`, without reading an image."""
         added = np.zeros(len(table), dtype=np.int64)
-        rows = np.flatnonzero(count_images_in(table))
+        rows = np.flatnonzero((count_images_in(table) > 0) & _have_answers(table["messages"]))
         tokens = [self.grid**2 * TOKENS_PER_VALUE[kind] + TOKENS_OF_QUESTION for kind in KINDS]
         ids = table.column("id").take(pa.array(rows)).to_pylist()
         added[rows] = np.array([*tokens, 0])[self._draw_kinds(ids)]
@@ -373,6 +374,16 @@ def _find_places(messages: list[dict], number: int) -> list[int]:
         for place in range(turn + 1, len(messages) + 1)
         if messages[place - 1]["role"] == "assistant" and (place == len(messages) or messages[place]["role"] == "user")
     ]
+
+
+def _have_answers(messages: pa.ChunkedArray) -> np.ndarray:
+    """Which rows of a column of messages have one of the assistant's, `[samples]`."""
+    have_answers, begin = np.zeros(len(messages), dtype=bool), 0
+    for chunk in messages.chunks:
+        is_answer = pc.equal(chunk.flatten().field("role"), "assistant")
+        have_answers[begin + pc.list_parent_indices(chunk).filter(is_answer).to_numpy()] = True
+        begin += len(chunk)
+    return have_answers
 
 
 def _as_content(text: str, content: Any) -> str | list[dict[str, str]]:

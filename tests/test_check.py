@@ -90,6 +90,21 @@ def test_images_without_text_are_all_that_a_visual_tokenizer_reads(dry_run, tmp_
     assert code == 0 and "12 samples, 0 would stop the run" in printed
 
 
+@pytest.mark.parametrize(
+    "options",
+    [(), ("--train_sampling_strategy", "group_by_length"), ("--packing",)],
+    ids=["plain", "grouped", "packed"],
+)
+def test_images_without_text_are_good_data_where_they_are_learned(dry_run, tmp_path, options):
+    records = json.loads((tmp_path / "captions.json").read_text())
+    records[::2] = [record | {"conversations": record["conversations"][:1]} for record in records[::2]]
+    (tmp_path / "captions.json").write_text(json.dumps(records))
+    code, printed = dry_run("--stage", "4", *options)
+    assert code == 0 and "12 samples, 0 would stop the run" in printed
+    code, printed = dry_run("--stage", "4", "--visual_loss_weight", "0", *options)
+    assert code == 1 and "12 samples, 6 would stop the run" in printed
+
+
 @pytest.mark.parametrize("name", ["visual_word_temperature", "pseudo_image_feature_temperature"])
 def test_temperature_that_is_none(dry_run, name):
     with pytest.raises(ValueError, match=f"`{name}` is -1.0; expected a finite number above 0"):

@@ -145,6 +145,15 @@ class TestWhatIsDrawn:
         for number in without:
             assert pickle.dumps(aligned[number]) == pickle.dumps(plain[number])
 
+    def test_images_without_text_stay(self, plain):
+        """No pair can stand behind an answer, and none is counted."""
+        samples = plain.with_format("arrow")[:].to_pylist()
+        alone = [{**sample, "messages": sample["messages"][:1]} for sample in samples]
+        alone = Dataset.from_list(alone, features=FEATURES)
+        asked = add_cognition_alignment(alone, 3, grid=4, **PIXELS)
+        assert by_id(asked) == by_id(alone)
+        assert (estimate_lengths(asked, 16)[0] == estimate_lengths(alone, 16)[0]).all()
+
     def test_place(self, plain, aligned):
         """Between pairs or at the end, behind the turn with the image that it is about; at all such places."""
         places = Counter()
@@ -482,6 +491,9 @@ class TestTraining:
         more = estimate_lengths(aligned, 16)[0] - estimate_lengths(plain, 16)[0]
         has_images = np.array([bool(sample["images"]) for sample in plain])
         assert (more[has_images] > 16).all() and not more[~has_images].any()
+        part = plain.select(range(7, 31))  # rows in the middle of a table
+        more = estimate_lengths(part.with_transform(aligned.format["format_kwargs"]["transform"]), 16)[0]
+        assert ((more > estimate_lengths(part, 16)[0]) == has_images[7:31]).all()
         collator = VWLMMDataCollator(processor, image_seq_length=16, **{**COLLATE, "max_length": None})
         collator.chat_template = processor.get_chat_template("vicuna_v1")
         for dataset in (aligned, mix_datasets([plain, aligned], [1, 1])):

@@ -37,6 +37,7 @@ RUNS = {
     "stage4_pif": (4, True, None),
     "labels_and_features": (2, False, LABELS_AND_FEATURES),
     "aligned": (4, False, {"features": {"shift": False, "layer": 1}}),
+    "images_without_text": (4, False, None),  # on one process, and text without images on the other
 }
 if importlib.util.find_spec("diffusers") is not None:
     RUNS["reconstruction"] = (2, False, {"reconstruction": {"vae": "vae"}})  # beside the data
@@ -68,10 +69,24 @@ class InOrderTrainer(VWLMMTrainer):
         return SequentialSampler(self.train_dataset)
 
 
+def leave_out_answers_about_images(dataset: Dataset) -> Dataset:
+    messages = [
+        [{"role": "user", "content": [{"type": "image"}] * len(sample["images"])}]
+        if sample["images"]
+        else sample["messages"]
+        for sample in dataset
+    ]
+    feature = dataset.features["messages"]
+    return dataset.remove_columns("messages").add_column("messages", messages, feature=feature)
+
+
 def make_trainer(checkpoint: str, data: str, output: str, name: str) -> InOrderTrainer:
     stage, use_pseudo_image_features, visual_objective = RUNS[name]
     if name == "reconstruction":
         visual_objective = {name: {option: str(Path(data, path)) for option, path in visual_objective[name].items()}}
+    dataset = load_from_disk(data)
+    if name == "images_without_text":
+        dataset = leave_out_answers_about_images(dataset)
     args = VWLMMTrainingArguments(
         f"{output}/run_{name}",
         stage=stage,
@@ -99,7 +114,7 @@ def make_trainer(checkpoint: str, data: str, output: str, name: str) -> InOrderT
             checkpoint, use_pseudo_image_features=use_pseudo_image_features
         ),
         args=args,
-        train_dataset=load_from_disk(data),
+        train_dataset=dataset,
         eval_dataset=load_from_disk(data).select([0, 2]),  # one process has an image, the other text only
         processing_class=VWLMMProcessor.from_pretrained(checkpoint),
         # With momentum, because FSDP cannot resume an optimizer without a state.

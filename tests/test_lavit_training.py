@@ -130,6 +130,17 @@ class TestTokenizer:
             if name.startswith("vision_tower."):
                 assert torch.equal(six[name], before[name])
 
+    def test_what_is_said_of_an_image_changes_nothing(self, lavit_processor, images, tmp_path):
+        """Images alone, without text beside them, and with a conversation: a tokenizer reads images."""
+        alone = [{"role": "user", "content": [{"type": "image", "text": None}]}]
+        answered = [*alone, {"role": "assistant", "content": [{"type": "text", "text": "a dog"}]}]
+        losses = []
+        for messages in (None, alone, answered):
+            data = images if messages is None else images.add_column("messages", [messages] * len(images))
+            trainer = train_tokenizer(make_tokenizer(), lavit_processor, data, tmp_path, max_steps=1)
+            losses.append(next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry))
+        assert losses[0] == losses[1] == losses[2]
+
     def test_threshold_keeps_the_share_that_is_aimed_at(self, tokenizer, lavit_processor, images, tmp_path):
         with pytest.raises(ValueError, match="training the tokenizer finds it"):
             tokenizer.encode(torch.zeros(1, 3, 28, 28))
@@ -449,6 +460,18 @@ class TestUnifiedPreTraining:
             # Nothing stands in front of a document's first token, and so nothing predicts it.
             expected[weight] = 6 * tokens[0] + 4 * weight * (tokens[1] - 1)
         assert found == expected
+
+    def test_images_without_text(self, trained, lavit_processor, tmp_path):
+        """Their codes are learned, and no text."""
+        message = {"role": "user", "content": [{"type": "image", "text": None}]}
+        data = [{"id": str(seed), "messages": [message], "images": [make_image(seed)]} for seed in range(4)]
+        model = make_model(trained)
+        before = model.lm_head.weight.detach().clone()
+        trainer = train_model(model, lavit_processor, Dataset.from_list(data), tmp_path, max_steps=1)
+        entry = next(entry for entry in trainer.state.log_history if "codes_loss" in entry)
+        assert entry["num_text_positions"] == 0 < entry["num_image_positions"] and "language_loss" not in entry
+        assert entry["loss"] == pytest.approx(entry["codes_loss"], rel=1e-4)
+        assert not torch.equal(model.lm_head.weight, before)
 
     def test_a_caption_first(self, trained, lavit_processor, pairs, tmp_path):
         trainer = train_model(make_model(trained), lavit_processor, pairs, tmp_path, text_first_share=1.0)

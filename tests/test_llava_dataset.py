@@ -114,6 +114,8 @@ class TestRows:
         assert dataset[0]["messages"] == [{"role": "user", "content": content}]
         with pytest.raises(ValueError, match="no human turn with a gpt turn"):
             load([{"id": 1, "conversations": turns("What?")}])
+        with pytest.raises(ValueError, match="or of an image without text one human turn alone"):
+            load([{"id": 1, "image": ["a.png", "b.jpg"], "conversations": turns("<image>") * 2}])
 
     def test_marker_in_an_answer_is_text(self, load):
         dataset = load([{"id": 1, "conversations": turns("How do I mark images?", "Write <image>.")}])

@@ -432,7 +432,8 @@ class TestRecipes:
         (tmp_path / "recipe.yaml").write_text(f"{recipe}\n{words}")
         config, found = VWLMMConfig(), {}
         model = SimpleNamespace(config=config)
-        monkeypatch.setattr(train, "load_data", lambda *_: datasets.Dataset.from_list([{"images": [], "messages": []}]))
+        data = datasets.Dataset.from_list([{"images": [], "messages": []}])
+        monkeypatch.setattr(train, "load_data", lambda *_: data)
         monkeypatch.setattr(train, "load_model", lambda *_: (model, None))
         monkeypatch.setattr(train, "find_last_checkpoint", lambda _: None)
         monkeypatch.setattr(train, "VWLMMTrainer", lambda **kwargs: found.update(kwargs) or MagicMock())

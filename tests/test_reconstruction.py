@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import BY_HAND, GOLDEN, make_image, needs_diffusers
+from datasets import Dataset
 from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file
@@ -642,6 +643,19 @@ class TestTrainer:
         for name, value in expected.items():
             # Weights, of which a tenth of the gradients are a part.
             assert_close(changed[name], value, atol=1e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+    def test_images_without_text(self, make_trainer, model, pipeline):
+        message = {"role": "user", "content": [{"type": "image", "text": None}]}
+        data = [{"id": str(i), "messages": [message], "images": [make_image(i)]} for i in range(4)]
+        before = weights(model)
+        options = {"global_batch_size": 4, "max_steps": 2}  # in the first step a new denoiser reads nothing
+        trainer = make_trainer({"vae": str(pipeline)}, train_dataset=Dataset.from_list(data), **options)
+        trainer.train()
+        entry = logs(trainer)[0]
+        assert entry["num_text_positions"] == 0 < entry["num_image_positions"] and "language_loss" not in entry
+        assert entry["loss"] == pytest.approx(entry["reconstruction_loss"], rel=1e-4)
+        changed = {name for name, value in weights(model).items() if name in before and (value != before[name]).any()}
+        assert changed and all(name.startswith(ADAPTER) for name in changed)
 
     def test_evaluation_is_the_same_on_any_batch_and_in_any_step(self, make_trainer, options, dataset):
         metrics = []

@@ -1074,8 +1074,56 @@ class TestImagesWithoutText:
     def make(self, model, processor, data, tmp_path, **options):
         options = {**BY_HAND, "per_device_train_batch_size": 4, "global_batch_size": 4, **options}
         args = VWLMMTrainingArguments(str(tmp_path), **options)
-        data = data if isinstance(data, datasets.IterableDataset) else datasets.Dataset.from_list(data)
+        data = datasets.Dataset.from_list(data) if isinstance(data, list) else data
         return VWLMMTrainer(model=model, args=args, train_dataset=data, processing_class=processor)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"packing": True, "max_length": 512, "per_device_train_batch_size": 1, "global_batch_size": 1},
+            {"train_sampling_strategy": "group_by_length"},
+            {"per_device_train_batch_size": 1},
+            {"streams": True, "max_steps": 1},
+        ],
+        ids=["packing", "group_by_length", "accumulation", "streaming"],
+    )
+    def test_however_they_come_they_are_learned_as_they_are_evaluated(
+        self, model, processor, images, tmp_path, options
+    ):
+        data = datasets.Dataset.from_list(images)
+        streams = options.get("streams", False)
+        options = {name: value for name, value in options.items() if name != "streams"}
+        given = data.to_iterable_dataset() if streams else images
+        trainer = self.make(model, processor, given, tmp_path, stage=4, eval_packing=False, **options)
+        expected = trainer.evaluate(data)
+        trainer.train()
+        entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
+        assert entry["loss"] == pytest.approx(expected["eval_loss"], rel=1e-4)
+        assert entry["num_image_positions"] == expected["eval_num_image_positions"] > 0
+        assert entry["num_text_positions"] == expected["eval_num_text_positions"] == 0
+
+    def test_a_mixture_with_conversations(self, model, processor, images, dataset, tmp_path):
+        alone = datasets.Dataset.from_list(images, features=dataset.features)
+        options = {"per_device_train_batch_size": 16, "global_batch_size": 16}
+        mixed = mix_datasets([alone, dataset], [2, 1])
+        trainer = self.make(model, processor, mixed, tmp_path, stage=4, **options)
+        counts = [trainer.evaluate(part) for part in (alone, dataset, mixed)]
+        for kind, weight in (("image", 2), ("text", 0)):
+            of_images, of_dataset, of_both = (entry[f"eval_num_{kind}_positions"] for entry in counts)
+            assert of_both == weight * of_images + of_dataset > 0
+        trainer.train()
+        entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
+        assert entry["loss"] == pytest.approx(counts[2]["eval_loss"], rel=1e-4)
+
+    def test_a_resumed_run_continues_identically(self, vicuna, processor, images, tmp_path):
+        found = []
+        for checkpoint in (None, str(tmp_path / "checkpoint-1")):
+            model = VWLMMForConditionalGeneration.from_pretrained(vicuna)
+            options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+            trainer = self.make(model, processor, images, tmp_path, stage=4, **options)
+            trainer.train(resume_from_checkpoint=checkpoint)
+            found.append(weights(model))
+        assert_close(*found, atol=0, rtol=0)
 
     def test_a_run_that_learns_answers_alone_refuses_them(self, model, processor, images, dataset, tmp_path):
         """Before a step is taken, of data to evaluate, too; of a stream in the step that meets one."""
