@@ -21,6 +21,7 @@ from modeling_vwlmm import VWLMMForConditionalGeneration, VWLMMTrainer, VWLMMTra
 from modeling_vwlmm.training.packing import count_tokens, pack_rows
 from modeling_vwlmm.training.sampling import estimate_lengths
 from modeling_vwlmm.training.trainer import set_trainable_parameters
+from modeling_vwlmm.training.watching import History
 from processing_vwlmm import VWLMMProcessor, mix_datasets
 
 
@@ -1114,6 +1115,16 @@ class TestImagesWithoutText:
         trainer.train()
         entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
         assert entry["loss"] == pytest.approx(counts[2]["eval_loss"], rel=1e-4)
+
+    def test_a_step_is_compared_with_steps_that_learn_the_same(
+        self, model, processor, images, dataset, tmp_path, monkeypatch
+    ):
+        found = []
+        monkeypatch.setattr(History, "find_outlier", lambda self, values, learned: found.append(learned))
+        texts = [{"id": str(i), "messages": make_conversation((0, "Who?", "Me.")), "images": []} for i in range(4)]
+        data = datasets.Dataset.from_list([*images, *texts], features=dataset.features)
+        self.make(model, processor, data, tmp_path, stage=4, train_sampling_strategy="group_by_length").train()
+        assert sorted(found) == [("language",), ("visual_words",)]
 
     def test_a_resumed_run_continues_identically(self, vicuna, processor, images, tmp_path):
         found = []

@@ -201,13 +201,14 @@ class TestStopping:
                 norm = math.exp(rng.standard_t(5) * 0.4) * (10 if step < 20 else 1)
                 assert history.find_outlier({"loss": loss, "gradient norm": norm}) is None, step
 
-    def test_steps_of_images_alone_have_a_history_of_their_own(self):
-        """Grouped by length, images without text fill whole steps: their loss has no part in language."""
+    @pytest.mark.parametrize("others", [("language", "visual_words"), ("language",), ("visual_words", "features")])
+    def test_steps_that_learn_other_things_have_a_history_of_their_own(self, others):
+        """Grouped by length, images without text, or text without images, fill whole steps."""
         history = History(20.0)
         for _ in range(60):
-            assert history.find_outlier({"loss": 0.1}, has_text=False) is None
-        assert history.find_outlier({"loss": 1.2}, has_text=True) is None
-        assert history.find_outlier({"loss": 1.2}, has_text=False) is not None
+            assert history.find_outlier({"loss": 0.1}, ("visual_words",)) is None
+        assert history.find_outlier({"loss": 1.2}, others) is None
+        assert history.find_outlier({"loss": 1.2}, ("visual_words",)) is not None
 
     def test_what_is_not_does(self):
         rng = np.random.default_rng(0)

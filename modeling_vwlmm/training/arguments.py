@@ -78,7 +78,8 @@ class VWLMMTrainingArguments(SFTConfig):
             processor keeps its own. By default `"plain"` in stages I and III, the processor's in stages II and IV.
         spike_threshold (`float`, *optional*, defaults to 20.0):
             A run stops before a step whose loss or gradient norm lies so many deviations above the median of the last
-            100 steps, in logarithms (see `History`). At 0 only what is no finite number stops it.
+            100 steps that learned the same, in logarithms (see `History`). At 0 only what is no finite number stops
+            it.
         text_first_share (`float`, *optional*):
             Of LaVIT's stage 2: the share of pairs of an image and its caption in which the caption stands first, and
             the model learns to write the image as codes. By default 0.5, for the paper has both orders, and 0 where no

@@ -325,17 +325,16 @@ class VWLMMTrainer(SavesWholeCheckpoints, StopsWhenDiverged, LoadsInOrder, SFTTr
                 )
             for name, positions in batch["supervised_positions"]["by_objective"].items():
                 counts[name] += len(positions)
-        self._num_text_positions = counts.get("language", 0)
+        self._num_positions = counts
         if self.accelerator.num_processes > 1:
             # Whole numbers: FSDP casts what has a point, and bf16 counts to 256.
             votes = int(self._stop_signals.received)
             *total, self._stop_votes = self.accelerator.reduce(
                 torch.tensor([*counts.values(), votes], device=device), "sum"
             )
-            totals = dict(zip(counts, total, strict=True))
-            self._num_text_positions = totals.get("language", 0)
+            self._num_positions = dict(zip(counts, total, strict=True))
             if self.args.average_tokens_across_devices:
-                counts = totals
+                counts = self._num_positions
         return batches, counts
 
     def _select_tokens(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -40,18 +40,18 @@ class History:
 
     def __init__(self, threshold: float, size: int = 100) -> None:
         self.threshold = threshold
-        self._values: dict[tuple[str, bool], deque[float]] = {}
+        self._values: dict[tuple[str, tuple[str, ...]], deque[float]] = {}
         self._size = size
 
-    def find_outlier(self, values: Mapping[str, float], has_text: bool = True) -> tuple[str, str] | None:
+    def find_outlier(self, values: Mapping[str, float], learned: tuple[str, ...] = ()) -> tuple[str, str] | None:
         """
-        The name of a value of a step that is far outside, and what it is; or None, and they are remembered. Steps that
-        learn from images alone have a history of their own: their loss has no part in language.
+        The name of a value of a step that is far outside, and what it is; or None, and they are remembered. Steps have
+        a history with those that have `learned` the same: of images alone a loss has no part in language.
         """
         for name, value in values.items():
             if not math.isfinite(value):
                 return name, str(value)
-            past = self._values.get((name, has_text), ())
+            past = self._values.get((name, learned), ())
             if self.threshold and value > 0 and len(past) >= self._size // 2:
                 median = statistics.median(past)
                 deviation = max(1.4826 * statistics.median(abs(other - median) for other in past), 0.1)
@@ -59,7 +59,7 @@ class History:
                     return name, f"{value:.4g}, where the last {len(past)} steps had {math.exp(median):.4g}"
         for name, value in values.items():
             if value > 0:
-                self._values.setdefault((name, has_text), deque(maxlen=self._size)).append(math.log(value))
+                self._values.setdefault((name, learned), deque(maxlen=self._size)).append(math.log(value))
         return None
 
 
@@ -69,7 +69,7 @@ class StopsWhenDiverged:
     def _forget_steps(self) -> None:
         self._loss_of_step: torch.Tensor | float = 0.0
         self._last_losses: dict[str, torch.Tensor] = {}
-        self._num_text_positions: int | torch.Tensor = 0  # of the step
+        self._num_positions: dict[str, int | torch.Tensor] = {}  # of the step and all processes, by objective
         self._history = History(self.args.spike_threshold)
 
     def _watch_loss(self, loss: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> None:
@@ -95,10 +95,12 @@ class StopsWhenDiverged:
             values["stops"] = self._stop_votes
             # Of all processes, so that they agree. Each has its share times their number.
             values["loss"] = self.accelerator.reduce(values["loss"], "mean")
-        values["text"] = torch.as_tensor(self._num_text_positions, device=values["loss"].device)
+        device = values["loss"].device
+        values |= {name: torch.as_tensor(count, device=device) for name, count in self._num_positions.items()}
         read = dict(zip(values, torch.stack([value.float() for value in values.values()]).tolist(), strict=True))
-        self._loss_of_step, self._stops, has_text = 0.0, bool(read.pop("stops", 0)), read.pop("text") > 0
-        if outlier := self._history.find_outlier(read, has_text):
+        self._loss_of_step, self._stops = 0.0, bool(read.pop("stops", 0))
+        learned = tuple(name for name in self._num_positions if read.pop(name))
+        if outlier := self._history.find_outlier(read, learned):
             losses = ", ".join(f"{name} {loss.item():.4g}" for name, loss in self._last_losses.items())
             raise TrainingDiverged(
                 f"The {outlier[0]} of step {self.state.global_step + 1} is {outlier[1]} (of its last micro-batch: "
