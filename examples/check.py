@@ -228,19 +228,15 @@ def _print_steps(
 
 
 def make_model(
-    name: str | None,
-    vision_tower: str,
-    language_model: str,
-    image_token_id: int,
-    **config: Any,
+    name: str | None, vision_tower: str, language_model: str, image_token_id: int, **config: Any
 ) -> PreTrainedModel:
     """The model that a recipe starts from, without weights. `config` are other fields of its config."""
     with torch.device("meta"):
         if name is not None:
             return VWLMMForConditionalGeneration(VWLMMConfig.from_pretrained(name, **config))
-        text = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(language_model))
         vision_config = AutoConfig.from_pretrained(vision_tower)
         vision = AutoModel.from_config(getattr(vision_config, "vision_config", vision_config))
+        text = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(language_model))
         return VWLMMForConditionalGeneration.from_vision_text_pretrained(
             vision, text, image_token_index=image_token_id, **config
         )

@@ -9,8 +9,8 @@ adds the paper's ablations "- visual modeling" and pseudo image features, and en
 
     .venv/bin/python examples/demo.py --choose
 
-is how lines of the recipes were chosen, the learning rate and passes of stage III and the weight of stage IV's visual
-loss: by questions on a validation split, which the tables of the demo are not about.
+tries lines of the recipes on a validation split, which the tables of the demo are not about: the learning rate and
+passes of stage III, and the weight of stage IV's visual loss.
 """
 
 import argparse

@@ -14,14 +14,13 @@ import multiprocessing
 import os
 import time
 from collections import Counter
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
 import train
-from demo import answer_table, markdown_table
+from demo import answer_table, log_to, markdown_table
 from evaluate import answer_questions, measure_answers
 from few_shot import answer_with_examples, read_examples
 from PIL import Image
@@ -119,7 +118,7 @@ def train_arm(output: Path, folder: str, options: list[str]) -> None:
     """Stage 2 on captions, then on conversations, with a half of the cores."""
     torch.set_num_threads(max((os.cpu_count() or 1) // 2, 1))
     captions = str(output / f"{folder}_captions")
-    with open(output / f"{folder}.log", "w") as log, redirect_stdout(log), redirect_stderr(log):
+    with log_to(output / f"{folder}.log"):
         begin = ["--config", str(RECIPES / "stage2.yaml"), "--visual_tokenizer", str(output / "tokenizer")]
         train.main([*begin, *options, "--output_dir", captions])
         go_on = ["--config", str(RECIPES / "stage2_conversations.yaml"), "--model_name_or_path", captions]

@@ -12,12 +12,8 @@ It starts from stage II of `make demo`, which it trains if it is not there, then
 
 import argparse
 import json
-import multiprocessing
-import os
 import re
 import time
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +21,7 @@ import demo
 import reconstruct
 import torch
 import train
-from demo import markdown_table
+from demo import log_to, make_pool, markdown_table
 from evaluate import (
     answer_questions,
     count_answer_tokens,
@@ -102,7 +98,7 @@ def main() -> None:
     print(f"\n=== Training and measuring {len(arms)} arms, two at once; they log to {args.output}/*.log", flush=True)
     # Those that take longest come first.
     order = sorted(arms, key=lambda arm: (arm.trains_vm_head, arm.options is not None and len(arm.options)))[::-1]
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+    with make_pool() as pool:
         futures = {arm.folder: pool.submit(run_arm, arm, args.output, args.seed) for arm in order}
         measured = {arm.name: futures[arm.folder].result() for arm in arms}
     table = make_table(measured)
@@ -149,9 +145,8 @@ def add_words(model: VWLMMForConditionalGeneration, processor: VWLMMProcessor) -
 
 
 def run_arm(arm: Arm, output: Path, seed: int) -> dict[str, dict[str, float]]:
-    """Trains an arm with a half of the cores, and returns what `measure` does."""
-    torch.set_num_threads(max((os.cpu_count() or 1) // 2, 1))
-    with open(output / f"{arm.folder}.log", "w") as log, redirect_stdout(log), redirect_stderr(log):
+    """Trains an arm, and returns what `measure` does."""
+    with log_to(output / f"{arm.folder}.log"):
         train_arm(arm, output, ["--seed", str(seed)])
         return measure(output / arm.folder)
 

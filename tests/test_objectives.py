@@ -968,6 +968,20 @@ class TestArguments:
         assert not any(kept.requires_grad for kept in sum(means._sums.values(), []) if isinstance(kept, torch.Tensor))
         assert means.pop() == {"language_loss": 1.0, "num_text_positions": 4, "metric": 1.5}
 
+    def test_what_had_no_position_has_no_mean(self):
+        means = PositionMeans({"language": 1.0, "codes": 3.0, "features": 1.0})
+        terms = {"language": Term(torch.tensor(0.0), 0, {}), "codes": Term(torch.tensor(0.0), torch.tensor(0), {})}
+        means.add_terms(terms)
+        assert means.pop() == {"num_text_positions": 0, "num_image_positions": 0}
+        means.add_terms(terms | {"features": Term(torch.tensor(4.0), 2, {})})
+        assert means.pop() == {
+            "num_text_positions": 0,
+            "num_image_positions": 0,
+            "num_features_positions": 2,
+            "features_loss": 2.0,
+            "visual_loss": 2.0,
+        }
+
     def test_weight_of_an_objective_by_name(self, make_trainer):
         assert make_trainer(2, visual_objective="features", visual_loss_weight=0.3).args.get_objectives()[1] == {
             "language": 1.0,

@@ -753,8 +753,8 @@ class TestData:
         assert math.isfinite(logs(trainer)[0]["loss"])
         assert not torch.equal(model.lm_head.weight, before["lm_head.weight"])
         if samples == [1, 6] and stage == 4:
-            assert logs(trainer)[0]["visual_loss"] == 0
-            assert logs(trainer)[0]["num_image_positions"] == 0
+            entry = logs(trainer)[0]
+            assert entry["num_image_positions"] == 0 and "visual_loss" not in entry  # 0 would be a perfect one
 
     @pytest.mark.parametrize("stage", [1, 3])
     def test_text_only_micro_batch_adds_nothing_to_a_stage_that_learns_from_images(
@@ -1165,7 +1165,7 @@ class TestImagesWithoutText:
         with pytest.raises(ValueError, match="Sample 'text': It has no answer, and nothing else of it is learned"):
             trainer.train()
 
-    def test_a_mixture_without_labels_of_all(self, model, processor, images, dataset, tmp_path):
+    def test_a_mixture_without_labels_of_all(self, model, images):
         labels = [[7] * model.config.image_seq_length]
         labelled = datasets.Dataset.from_list([{**image, "image_labels": labels} for image in images])
         plain = datasets.Dataset.from_list(images)

@@ -75,7 +75,7 @@ def read_plan(path: Path) -> dict[str, Any]:
     recipes = {f"stage{stage}": Path(plan["recipes"]) / f"stage{stage}.yaml" for stage in (1, 2, 3, 4)}
     recipes["visual_tokenizer"] = Path(plan["visual_tokenizer"]["recipe"])
     read = {name: yaml.safe_load(recipe.read_text()) for name, recipe in recipes.items()}
-    del read["stage4"]["visual_loss_weight"]  # the demo's; arms say theirs
+    read["stage4"].pop("visual_loss_weight", None)  # the demo's; arms say theirs
     return plan | {"recipes": read}
 
 

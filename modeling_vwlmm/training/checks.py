@@ -129,11 +129,8 @@ def check_answers(dataset: Dataset | IterableDataset, args: VWLMMTrainingArgumen
         messages = table["messages"].combine_chunks()
         if not pa.types.is_struct(messages.type.value_type):
             return
-        parts = messages.flatten()
-        is_learned = pc.equal(parts.field("role"), "assistant")
-        if parts.type.get_field_index("is_caption") >= 0:  # a text without a question, all of which is learned
-            is_learned = pc.or_(is_learned, parts.field("is_caption").fill_null(False))
-        answered = pc.list_parent_indices(messages).filter(is_learned)
+        is_answer = pc.equal(messages.flatten().field("role"), "assistant")
+        answered = pc.list_parent_indices(messages).filter(is_answer)
         rows = np.flatnonzero(np.asarray(pc.list_value_length(messages).fill_null(0)) > 0)
         rows = np.setdiff1d(rows, answered)
         if first is None and len(rows):

@@ -52,7 +52,8 @@ class PositionMeans:
     def pop(self) -> dict[str, float]:
         """
         The means of all processes, which call this together, under their names in the logs; and beside `padding_share`
-        the `num_tokens` and `num_images` behind them. Begins anew.
+        the `num_tokens` and `num_images` behind them. What had no position has no mean: a loss of 0 would be a perfect
+        one. Begins anew.
         """
         sums, self._sums = self._sums, defaultdict(list)
         read = {key: _read_sum(values) for key, values in sums.items()}
@@ -68,14 +69,17 @@ class PositionMeans:
         visual = [name for name in totals if name != "language"]
         for name, sums_of_name in totals.items():
             num_positions = sums_of_name.pop("positions")
-            means = {key: total / max(num_positions, 1) for key, total in sums_of_name.items()}
             kind = "text" if name == "language" else "image" if name == visual[0] else name
-            logs |= {f"{name}_loss": means.pop("loss"), f"num_{kind}_positions": num_positions}
+            logs[f"num_{kind}_positions"] = num_positions
+            if num_positions == 0:
+                continue
+            means = {key: total / num_positions for key, total in sums_of_name.items()}
+            logs[f"{name}_loss"] = means.pop("loss")
             # A metric that another objective has logged under this name is told by the objective's.
             logs |= {f"{name}_{key}" if key in logs else key: mean for key, mean in means.items()}
-        if visual:
-            total_weight = sum(self.weights[name] for name in visual)
-            logs["visual_loss"] = sum(self.weights[name] * logs[f"{name}_loss"] for name in visual) / total_weight
+        if learned := [name for name in visual if f"{name}_loss" in logs]:
+            total_weight = sum(self.weights[name] for name in learned)
+            logs["visual_loss"] = sum(self.weights[name] * logs[f"{name}_loss"] for name in learned) / total_weight
         return logs
 
 

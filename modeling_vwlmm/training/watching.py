@@ -95,11 +95,13 @@ class StopsWhenDiverged:
             values["stops"] = self._stop_votes
             # Of all processes, so that they agree. Each has its share times their number.
             values["loss"] = self.accelerator.reduce(values["loss"], "mean")
-        device = values["loss"].device
-        values |= {name: torch.as_tensor(count, device=device) for name, count in self._num_positions.items()}
+        # What one process has counted, the host knows without a read.
+        counts = {name: count for name, count in self._num_positions.items() if isinstance(count, torch.Tensor)}
+        values |= counts
         read = dict(zip(values, torch.stack([value.float() for value in values.values()]).tolist(), strict=True))
         self._loss_of_step, self._stops = 0.0, bool(read.pop("stops", 0))
-        learned = tuple(name for name in self._num_positions if read.pop(name))
+        counts = {**self._num_positions, **{name: read.pop(name) for name in counts}}
+        learned = tuple(name for name, count in counts.items() if count)
         if outlier := self._history.find_outlier(read, learned):
             losses = ", ".join(f"{name} {loss.item():.4g}" for name, loss in self._last_losses.items())
             raise TrainingDiverged(
