@@ -184,7 +184,7 @@ def load_model(
     if training_args.trains_tokenizer:
         fields = script_args.visual_tokenizer_config or {}
         fields = json.loads(fields) if isinstance(fields, str) else fields
-        tokenizer = VWLMMVisualTokenizer.from_vision_pretrained(script_args.vision_tower, **fields)
+        tokenizer = VWLMMVisualTokenizer.from_vision_pretrained(script_args.vision_tower, dtype=dtype, **fields)
         return tokenizer, VWLMMProcessor.from_visual_tokenizer(tokenizer.config, text, **template)
     if script_args.visual_tokenizer is not None:
         model = VWLMMForConditionalGeneration.from_visual_tokenizer(

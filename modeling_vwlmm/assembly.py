@@ -173,6 +173,8 @@ def from_visual_tokenizer(
         **config,
     )
     parts = {n: t for n, t in visual_tokenizer.state_dict().items() if not n.startswith(("vision_tower.", "decoder."))}
+    # In the LLM's dtype, as they would be loaded again; codes alone stay in fp32 there, too.
+    parts = {name: part if name.startswith("quantizer.") else part.to(text.dtype) for name, part in parts.items()}
     model.model.visual_tokenizer.load_state_dict(parts, assign=True)
     model.model.freeze_encoders()
     if config["adapter"] == "token_merger":

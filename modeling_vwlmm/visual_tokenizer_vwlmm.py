@@ -323,11 +323,13 @@ class VWLMMVisualTokenizer(FrozenVisionTower, PreTrainedModel):
 
         Args:
             vision (`str` or `PreTrainedModel`): The tower, or its name or path: CLIP, SigLIP, DINOv2, BLIP-2's EVA ...
-            config: What else [`VWLMMVisualTokenizerConfig`] takes.
+            config: What else [`VWLMMVisualTokenizerConfig`] takes, and `dtype`, fp32 by default: that of the tower, too,
+                or what was learned in fp32 would be loaded in its.
 
         Raises:
             ValueError: If the tower has other tokens than patches and a class token.
         """
+        dtype = config.pop("dtype", torch.float32)
         if not isinstance(vision, PreTrainedModel):
             vision_config = AutoConfig.from_pretrained(vision)
             vision_config = getattr(vision_config, "vision_config", vision_config)  # of a whole CLIP or SigLIP
@@ -337,7 +339,7 @@ class VWLMMVisualTokenizer(FrozenVisionTower, PreTrainedModel):
         config = {"vision_feature_select_strategy": "default" if has_class_token else "full", **config}
         model = cls(VWLMMVisualTokenizerConfig(vision_config=vision.config, **config))
         model.vision_tower.load_state_dict(vision.state_dict())
-        return model
+        return model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
     def freeze_encoders(self) -> None:
         """Freezes the vision tower."""

@@ -168,6 +168,22 @@ class TestTokenizer:
         features = tokenizer.vision_tower(pixel_values, output_hidden_states=True).hidden_states[-2][:, -16:]
         assert torch.equal(tokenizer.encode_patches(pixel_values), features)
 
+    def test_what_was_learned_is_loaded_whole_behind_a_tower_in_half_precision(self, tmp_path):
+        tiny_vision("clip").half().save_pretrained(tmp_path / "tower")
+        tokenizer = VWLMMVisualTokenizer.from_vision_pretrained(str(tmp_path / "tower"), **TOKENIZER)
+        tokenizer.save_pretrained(tmp_path / "tokenizer")
+        loaded = VWLMMVisualTokenizer.from_pretrained(tmp_path / "tokenizer").state_dict()
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in tokenizer.state_dict().items())
+
+    def test_a_model_of_another_dtype_is_loaded_as_it_was_assembled(self, tmp_path):
+        tokenizer = make_tokenizer(selection="top_k")
+        model = VWLMMForConditionalGeneration.from_visual_tokenizer(tokenizer, tiny_text("llama").bfloat16())
+        model.save_pretrained(tmp_path)
+        loaded = VWLMMForConditionalGeneration.from_pretrained(tmp_path).state_dict()
+        assert {name: (t.dtype, t.tolist()) for name, t in loaded.items()} == {
+            name: (t.dtype, t.tolist()) for name, t in model.state_dict().items()
+        }
+
     @pytest.mark.parametrize("size", [8, 2, 1])
     def test_evaluation_in_every_phase(self, tokenizer, lavit_processor, images, tmp_path, size):
         """Of each image once, however it is cut into batches."""
