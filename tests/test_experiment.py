@@ -103,10 +103,11 @@ class TestPlan:
 
     def test_what_is_compared_is_run(self, plan):
         for phases in plan["sizes"].values():
-            arms = {arm for phase in phases for arm in phase["arms"]}
-            assert arms <= plan["arms"].keys()
-            assert all(set(pair) <= arms for pair in plan["primary"])
-        assert all(set(pair) <= arms for pair in plan["comparisons"])  # of the last size, the full one
+            arms = [set(phase["arms"]) for phase in phases]
+            assert set.union(*arms) <= plan["arms"].keys()
+            compared = [pair for pair in plan["primary"] + plan["comparisons"] if any(set(pair) <= a for a in arms)]
+            assert all(any(set(pair) <= a for pair in plan["primary"]) for a in arms)
+        assert compared == plan["primary"] + plan["comparisons"]  # of the last size, the full one
 
     def test_more_replicates_by_width_alone(self, run, plan, tmp_path):
         def half_width(gain):
@@ -231,13 +232,19 @@ def test_same_results_again_and_after_a_stop(run, tiny_plan, tmp_path):
         run.Phase(plan, phase["setting"], phase["arms"], stopped, results).run(pool, 1, 1)
     assert (stopped / "results.json").read_text() == whole
 
-    plan["recipes"]["stage4"]["learning_rate"] *= 2  # a recipe is a part of the plan
+    plan["sizes"]["tiny"][0]["replicates"] = 2  # what is there stays, and the plan says what has changed
+    with pytest.raises(ValueError, match="The plan has changed in sizes since .* do not say so"):
+        run.open_results(stopped / "results.json", plan)
+    plan["changes"] = [*plan["changes"], "Now: two replicates."]
+    assert run.open_results(stopped / "results.json", plan) == {**json.loads(whole), "plan": plan}
+
+    plan["recipes"]["stage4"]["learning_rate"] *= 2  # a recipe decides numbers
     with pytest.raises(ValueError, match="results of the plan .* choose another folder"):
         run.open_results(stopped / "results.json", plan)
     (stopped / "results.json").unlink()  # what it has trained is there
     for folder in (stopped / "tokenizer", stopped / "scarce" / "00"):
         with pytest.raises(ValueError, match="results of the plan .* choose another folder"):
-            run.is_done(folder, plan)
+            run.is_done(folder, plan, None if folder.name == "tokenizer" else "scarce")
 
 
 def test_labels_of_any_record(run, vicuna, model, processor, tmp_path):
@@ -286,4 +293,6 @@ class TestReport:
         (row,) = [line for line in printed.splitlines() if line.startswith("| language_alone")]
         assert row.split("|")[2].strip() == "5" and row.split("|")[9].strip() == "42.0%"
         assert (tmp_path / "report.md").read_text() == printed.removesuffix("\n")
+        importlib.import_module("report").main([str(tmp_path / "results.json"), "--from_replicate", "3"])
+        assert "| visual_words − language_alone | yes     | 2          | +3.5 ± 6.4" in capsys.readouterr().out
         assert (tmp_path / "report.png").stat().st_size > 1000

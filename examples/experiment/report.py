@@ -30,8 +30,11 @@ def main(arguments: list[str] | None = None) -> None:
     """Writes `report.md` and `report.png` into the folder of the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
-    path = parser.parse_args(arguments).results
-    results = json.loads(path.read_text())
+    parser.add_argument("--from_replicate", type=int, default=0, help="leaves those before it out")
+    args = parser.parse_args(arguments)
+    path, results = args.results, json.loads(args.results.read_text())
+    for setting, done in results["settings"].items():
+        results["settings"][setting] = {n: record for n, record in done.items() if int(n) >= args.from_replicate}
     changes = "".join(f"- {change}\n" for change in results["plan"]["changes"]) or "- none\n"
     tables = [make_tables(results["plan"], name, done) for name, done in results["settings"].items() if done]
     text = "\n".join([f"Changes of the plan:\n\n{changes}", *tables])

@@ -79,9 +79,11 @@ def read_plan(path: Path) -> dict[str, Any]:
     return plan | {"recipes": read}
 
 
-def fingerprint(plan: dict[str, Any]) -> str:
-    """Of what a plan says, comments apart."""
-    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
+def fingerprint(plan: dict[str, Any], setting: str | None = None) -> str:
+    """Of what decides the numbers of a replicate: not how many of them there are, nor what is compared."""
+    names = ("recipes", "every_stage", "held_out_looks", "arms", "visual_tokenizer", "questions")
+    decides = {name: plan[name] for name in names} | {"setting": plan["settings"].get(setting)}
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def open_results(path: Path, plan: dict[str, Any]) -> dict[str, Any]:
@@ -89,28 +91,35 @@ def open_results(path: Path, plan: dict[str, Any]) -> dict[str, Any]:
     The results that are there, or none yet.
 
     Raises:
-        ValueError: If they are of another plan.
+        ValueError: If they are of another plan, or if this one has changed and does not say so.
     """
     if not path.exists():
         return {"plan": plan, "settings": {}}
     results = json.loads(path.read_text())
-    check_plan(path, fingerprint(results["plan"]), plan)
-    return results
+    for setting in results["settings"]:
+        check_plan(path, fingerprint(results["plan"], setting), plan, setting)
+    said, changed = results["plan"]["changes"], [name for name in plan if plan[name] != results["plan"].get(name)]
+    if changed and (plan["changes"][: len(said)] != said or len(plan["changes"]) == len(said)):
+        raise ValueError(
+            f"The plan has changed in {', '.join(changed)} since {path} was written, and its `changes` do not say so; "
+            "expected one more of them, with its time and its reason."
+        )
+    return results | {"plan": plan}
 
 
-def check_plan(path: Path, found: str, plan: dict[str, Any]) -> None:
+def check_plan(path: Path, found: str, plan: dict[str, Any], setting: str | None = None) -> None:
     """
     Raises:
         ValueError: If what is at `path` has another fingerprint than the plan.
     """
-    if found != (expected := fingerprint(plan)):
+    if found != (expected := fingerprint(plan, setting)):
         raise ValueError(
             f"{path} has results of the plan {found}, and this is plan {expected}; expected the same. Replicates of "
             "two plans are not to be mixed: choose another folder with --output."
         )
 
 
-def is_done(folder: Path, plan: dict[str, Any]) -> bool:
+def is_done(folder: Path, plan: dict[str, Any], setting: str | None = None) -> bool:
     """
     Whether a folder has been trained to its end.
 
@@ -119,7 +128,7 @@ def is_done(folder: Path, plan: dict[str, Any]) -> bool:
     """
     done = folder / "done"
     if done.exists():
-        check_plan(folder, done.read_text(), plan)
+        check_plan(folder, done.read_text(), plan, setting)
     return done.exists()
 
 
@@ -177,10 +186,11 @@ class Phase:
         path.with_suffix(".tmp").replace(path)
 
     def get_half_width(self, num_replicates: int) -> float:
-        """The widest of the primary comparisons, in points."""
+        """The widest of the primary comparisons of these arms, in points."""
         records = [self.replicates[str(replicate)]["arms"] for replicate in range(num_replicates)]
         exact = [{arm: measured["main"]["all"] for arm, measured in record.items()} for record in records]
-        return max(get_interval([100 * (e[a] - e[b]) for e in exact])[1] for a, b in self.plan["primary"])
+        pairs = [pair for pair in self.plan["primary"] if set(pair) <= set(self.arms)]
+        return max(get_interval([100 * (shares[a] - shares[b]) for shares in exact])[1] for a, b in pairs)
 
 
 def run_start(plan: dict[str, Any], setting: str, replicate: int, output: Path) -> dict[str, Any]:
@@ -188,7 +198,7 @@ def run_start(plan: dict[str, Any], setting: str, replicate: int, output: Path) 
     folder, begun = output / setting / f"{replicate:02d}", time.process_time()
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "start.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
-        if not is_done(folder, plan):
+        if not is_done(folder, plan, setting):
             lines = plan["settings"][setting]
             write_training_data(folder / "data", lines["data"], plan["held_out_looks"], replicate)
             start = None
@@ -196,11 +206,7 @@ def run_start(plan: dict[str, Any], setting: str, replicate: int, output: Path) 
                 shutil.rmtree(folder / f"stage{stage}", ignore_errors=True)
                 train.main(write_recipe(plan, setting, stage, folder, f"stage{stage}", start, replicate, {}))
                 start = folder / f"stage{stage}"
-            for name in lines["data"]:
-                data = folder / "data" / name
-                labels = [f"{data}.json", str(folder / "data" / "images"), f"{data}.argmax.json"]
-                label_images.main([str(start), *labels])
-            (folder / "done").write_text(fingerprint(plan))
+            (folder / "done").write_text(fingerprint(plan, setting))
         measured = measure_words(folder / "stage3", output / "questions")
         print(f"\n{time.process_time() - begun:.0f} seconds of processor time")
         return measured
@@ -212,6 +218,11 @@ def run_arm(plan: dict[str, Any], setting: str, replicate: int, output: Path, ar
     with open(folder / f"{arm}.log", "w") as log, redirect_stdout(log), redirect_stderr(log):
         start, trained = folder / "stage3", folder / arm
         shutil.rmtree(trained, ignore_errors=True)
+        if lines.get("image_labels") == "argmax":
+            stage4 = plan["settings"][setting]["stage4"]
+            for data in [folder / "data" / entry["json_file"] for entry in stage4.get("datasets", [stage4])]:
+                files = [f"{data}.json", str(folder / "data" / "images"), f"{data}.argmax.json"]
+                label_images.main([str(start), *files])
         if "visual_tokenizer" in lines:
             start = add_tokenizer(output / "tokenizer", folder / "stage3", folder / f"{arm}_start")
         train.main(write_recipe(plan, setting, 4, folder, arm, start, replicate, lines))
