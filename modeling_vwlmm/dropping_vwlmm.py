@@ -4,8 +4,8 @@
 Image tokens that an adapter drops. An image stays `N` placeholders, of which the decoder reads those that are kept:
 what it returns is what it returns for a prompt without the others.
 
-Shapes: `B` batch, `L` sequence length, `L'` most positions that a row keeps, `I` images, `N` image tokens of one
-image, `D` hidden size of the decoder.
+Shapes: `B` batch, `L` sequence length, `L'` most positions that a row keeps, `B'` rows that take what is kept, `I`
+images, `N` image tokens of one image, `D` hidden size of the decoder.
 """
 
 from collections.abc import Mapping
@@ -81,8 +81,8 @@ def run_decoder(
     Runs a decoder over what is kept. Behind a dropped position stands the output of the last one that is kept, so that
     what comes next is predicted from there.
 
-    Where nothing is cached, which is so in training, dropped positions are cut away and cost nothing. Else they keep
-    their slots, and are masked.
+    Where nothing is cached, which is so in training, dropped positions are cut away and cost nothing: rows differ in
+    what they keep, and short ones share a row with others. Else they keep their slots, and are masked.
 
     Args:
         decoder (`nn.Module`): The decoder.
@@ -112,17 +112,27 @@ def run_decoder(
     if caches:
         check_attention_reaches_all(decoder.config)
         arguments |= {"attention_mask": is_kept.long(), "position_ids": positions}
+        slots = torch.arange(is_kept.numel(), device=is_kept.device).view_as(is_kept)  # [B, L]
     else:
-        inputs_embeds, positions = _cut(inputs_embeds, is_kept, positions)  # [B, L', D], [B, L']
-        # What fills a row up stands behind it, where nothing sees it.
+        slots, shape = _find_slots(is_kept, shares_rows=reads_packed_rows(decoder))  # [B, L], (B', L')
+        sources = torch.full((shape.numel() + 1,), -1, device=slots.device)  # the last one is of what is dropped
+        places = torch.where(is_kept, slots, shape.numel()).flatten()  # [B * L]
+        sources = sources.scatter(0, places, torch.arange(len(places), device=slots.device))[:-1]  # [B' * L']
+        # What fills a row up stands behind it, at position 0 like the start of a sample, where nothing sees it.
+        positions = (positions.flatten()[sources] * (sources >= 0)).view(shape)  # [B', L']
+        index = sources.clamp_min(0).to(inputs_embeds.device)
+        inputs_embeds = inputs_embeds.flatten(0, 1).index_select(0, index).unflatten(0, shape)  # [B', L', D]
         arguments |= {"attention_mask": None, "use_cache": False}
-        arguments["position_ids"] = None if position_ids is None else positions
+        if position_ids is not None or shape[0] < len(is_kept):
+            # A cache, though it caches nothing, would tell the decoder that a row is one sample.
+            arguments |= {"position_ids": positions, "past_key_values": None}
     outputs = decoder(inputs_embeds=inputs_embeds, **arguments, **kwargs)
-    slots = torch.arange(is_kept.shape[1], device=is_kept.device) if caches else is_kept.long().cumsum(dim=1) - 1
-    last_kept = (slots * is_kept).cummax(dim=1).values.unsqueeze(-1)  # [B, L, 1]
+    first = slots[:, :1]  # of each row of the batch
+    last_kept = first + ((slots - first) * is_kept).cummax(dim=1).values  # [B, L]
 
     def spread(hidden: torch.Tensor) -> torch.Tensor:
-        return hidden.gather(1, last_kept.to(hidden.device).expand(-1, -1, hidden.shape[-1]))  # [B, L, D]
+        index = last_kept.to(hidden.device)
+        return hidden.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape)  # [B, L, D]
 
     outputs.last_hidden_state = spread(outputs.last_hidden_state)
     if outputs.hidden_states is not None:
@@ -130,16 +140,28 @@ def run_decoder(
     return outputs
 
 
-def _cut(
-    inputs_embeds: torch.Tensor, is_kept: torch.Tensor, positions: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is kept, moved to the left, and its positions; 0 where a row is filled up, like the start of a sample."""
-    lengths = is_kept.sum(dim=1)  # [B]
-    longest = max(int(lengths.max()), 1)
-    order = (~is_kept).long().argsort(dim=1, stable=True)[:, :longest]  # [B, L']
-    is_filling = torch.arange(longest, device=order.device) >= lengths.unsqueeze(1)  # [B, L']
-    index = order.to(inputs_embeds.device).unsqueeze(-1).expand(-1, -1, inputs_embeds.shape[2])  # [B, L', D]
-    return inputs_embeds.gather(1, index), positions.gather(1, order).masked_fill(is_filling, 0)
+def reads_packed_rows(decoder: nn.Module) -> bool:
+    """Whether a decoder keeps samples of one row apart by their positions: attention does, and no other state."""
+    layer_types = set(getattr(decoder.config, "layer_types", None) or ["full_attention"])
+    return layer_types <= {"full_attention", "sliding_attention"} and not getattr(decoder, "_is_stateful", False)
+
+
+def _find_slots(is_kept: torch.Tensor, shares_rows: bool) -> tuple[torch.Tensor, torch.Size]:
+    """
+    Where what is kept goes, counted through the rows that take it: each row of the batch, longest first, behind others
+    in the first row with room. A dropped position has the slot of what was kept before it, or the first of its row.
+    """
+    lengths = is_kept.sum(dim=1).tolist()  # [B]
+    longest = max(*lengths, 1)
+    firsts, ends = [0] * len(lengths), []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        room = (row for row, end in enumerate(ends) if shares_rows and end + lengths[index] <= longest)
+        if (row := next(room, len(ends))) == len(ends):
+            ends.append(0)
+        firsts[index] = row * longest + min(ends[row], longest - 1)
+        ends[row] += lengths[index]
+    ranks = (is_kept.long().cumsum(dim=1) - 1).clamp_min(0)  # [B, L]
+    return ranks + torch.tensor(firsts, device=ranks.device).unsqueeze(1), torch.Size([len(ends), longest])
 
 
 class GeneratesFromKeptTokens:

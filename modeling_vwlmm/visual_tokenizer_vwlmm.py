@@ -323,8 +323,8 @@ class VWLMMVisualTokenizer(FrozenVisionTower, PreTrainedModel):
 
         Args:
             vision (`str` or `PreTrainedModel`): The tower, or its name or path: CLIP, SigLIP, DINOv2, BLIP-2's EVA ...
-            config: What else [`VWLMMVisualTokenizerConfig`] takes, and `dtype`, fp32 by default: that of the tower, too,
-                or what was learned in fp32 would be loaded in its.
+            config: What else [`VWLMMVisualTokenizerConfig`] takes, and `dtype`, by default fp32. So is the tower,
+                or what was learned in fp32 would be loaded in the tower's.
 
         Raises:
             ValueError: If the tower has other tokens than patches and a class token.

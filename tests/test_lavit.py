@@ -441,6 +441,7 @@ LAYOUTS = {
     "two images in a row": [(PROMPTS[1][:3], None, None, PROMPTS[0]), (None, PROMPTS[1])],
     "text beside": [(PROMPTS[0],), (None, PROMPTS[1])],
     "an image that keeps nothing": [(None, PROMPTS[0], None, PROMPTS[1])],
+    "short rows": [(PROMPTS[0][:2],), (None, None, PROMPTS[0]), (PROMPTS[1][:3],), (None, PROMPTS[1])],
 }
 WAYS = {
     "greedy": {},
@@ -527,22 +528,26 @@ class TestDroppedPlaceholdersAreNotThere:
                     left_out = lavit(**batch, use_cache=use_cache).logits
                 assert_close(given[find_kept(batch)], left_out[find_kept(batch)], **CLOSE)
 
-    def test_training_reads_kept_positions_alone(self, lavit, golden):
-        batch = self.make_batch(golden, "left padding")
-        lengths = []
+    @pytest.mark.parametrize("stateful", [False, True])
+    def test_training_reads_kept_positions_alone(self, lavit, golden, monkeypatch, stateful):
+        """In as many rows as that takes; a decoder that carries a state through a row has none with two samples."""
+        batch = self.make_batch(golden, "short rows")
+        monkeypatch.setattr(lavit.model.language_model, "_is_stateful", stateful)
+        shapes = []
         hook = lavit.model.language_model.register_forward_pre_hook(
-            lambda module, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+            lambda module, args, kwargs: shapes.append(kwargs["inputs_embeds"].shape[:2]), with_kwargs=True
         )
         lavit.train()(**batch)
         hook.remove()
-        assert lengths == [find_kept(batch).sum(dim=1).max()]
+        assert shapes == [(4 if stateful else 2, find_kept(batch).sum(dim=1).max())]
 
     def test_loss_and_gradients(self, lavit, decoder, golden):
-        batch = self.make_batch(golden, "left padding")
+        batch = self.make_batch(golden, "short rows")
         labels = batch["input_ids"].masked_fill(
             (batch["attention_mask"] == 0) | (batch["input_ids"] > IMAGE_END), -100
         )
         labels[labels == IMAGE_START] = -100
+        labels.scatter_(1, batch["attention_mask"].argmax(dim=1, keepdim=True), -100)  # nothing is before it
         lavit.train()(**batch, labels=labels).loss.backward()
         compact = self.make_compact(lavit, batch)
         mask = compact["attention_mask"].bool()

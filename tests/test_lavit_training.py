@@ -168,6 +168,21 @@ class TestTokenizer:
         features = tokenizer.vision_tower(pixel_values, output_hidden_states=True).hidden_states[-2][:, -16:]
         assert torch.equal(tokenizer.encode_patches(pixel_values), features)
 
+    def test_steps_of_the_selector_are_not_compared_with_those_before(
+        self, tokenizer, lavit_processor, images, tmp_path, monkeypatch
+    ):
+        forward = VWLMMVisualTokenizer.forward
+
+        def rise(self, keep_mask=None, **kwargs):
+            outputs = forward(self, keep_mask=keep_mask, **kwargs)
+            outputs.loss = outputs.loss * (100 if keep_mask is None else 1)
+            return outputs
+
+        monkeypatch.setattr(VWLMMVisualTokenizer, "forward", rise)
+        options = {"random_mask_steps": 52, "continuous_steps": 60, "max_steps": 54, "logging_steps": 54}
+        trainer = train_tokenizer(tokenizer, lavit_processor, images, tmp_path, **options)
+        assert trainer.state.global_step == 54
+
     def test_what_was_learned_is_loaded_whole_behind_a_tower_in_half_precision(self, tmp_path):
         tiny_vision("clip").half().save_pretrained(tmp_path / "tower")
         tokenizer = VWLMMVisualTokenizer.from_vision_pretrained(str(tmp_path / "tower"), **TOKENIZER)

@@ -160,6 +160,8 @@ class VisualTokenizerTrainer(SavesWholeCheckpoints, StopsWhenDiverged, Trainer):
         if self.accelerator.num_processes > 1:
             votes = torch.full_like(num_images, self._stop_signals.received)
             num_images, self._stop_votes = self.accelerator.reduce(torch.stack([num_images, votes]), "sum")
+        if self.state.global_step == self.steps_until(self.args.random_mask_steps):
+            self._forget_steps()  # without gradients of the selector
         is_second_phase = self.state.global_step >= self.steps_until(self.args.continuous_steps)
         if batches and is_second_phase and not self.has_codebook:
             self._start_codebook(batches, device)

@@ -34,6 +34,7 @@ from processing_vwlmm.transforms import PART_COLUMN
 
 from ..adapters_vwlmm import selects_tokens
 from ..assembly import check_is_dense
+from ..dropping_vwlmm import reads_packed_rows
 from ..modeling_vwlmm import VWLMMForConditionalGeneration
 from ..objectives_vwlmm import find_supervised_positions, leave_out_dropped
 from ..outputs_vwlmm import VWLMMCausalLMOutputWithPast
@@ -409,9 +410,8 @@ class VWLMMTrainer(SavesWholeCheckpoints, StopsWhenDiverged, LoadsInOrder, SFTTr
 
     def _make_no_cache(self, inputs: dict[str, Any]) -> NoCache | None:
         # A layer with checkpointed activations refuses any cache with a warning, and some layers keep other states.
-        layer_types = set(getattr(self._config.text_config, "layer_types", None) or ["full_attention"])
         is_plain = "attention_mask" not in inputs and "position_ids" not in inputs
-        is_attention = layer_types <= {"full_attention", "sliding_attention"}
+        is_attention = reads_packed_rows(self._base_model.get_decoder())
         # Not by `is_gradient_checkpointing`, which is deprecated, nor by what replaces it, which 5.19 does not know.
         checkpoints = any(getattr(module, "gradient_checkpointing", False) for module in self._base_model.modules())
         return NoCache() if is_plain and is_attention and not checkpoints else None
