@@ -468,8 +468,9 @@ def logged(vicuna, processor, dataset, pipeline, tmp_path_factory) -> set[str]:
         **{name: getattr(args, name) for name in ("max_steps", "logging_steps", "save_strategy", "use_cpu")},
         **{"report_to": "none", "disable_tqdm": True},
     )
-    model = VWLMMForConditionalGeneration.from_visual_tokenizer(tokenizer, tiny_text("llama"), adapter="mlp")
-    processor = VWLMMProcessor.from_visual_tokenizer(tokenizer.config, str(GOLDEN / "vicuna"), chat_template="vicuna_v1")
+    text = tiny_text("llama", vocab_size=500)
+    model = VWLMMForConditionalGeneration.from_visual_tokenizer(tokenizer, text, adapter="mlp")
+    processor = VWLMMProcessor.from_visual_tokenizer(tokenizer.config, str(GOLDEN / "vicuna"), num_text_tokens=500)
     trainer = VWLMMTrainer(model, args, dataset, processor)
     trainer.train()
     return names | trainer.state.log_history[0].keys()
@@ -493,7 +494,7 @@ class Names:
             *(VWLMMForConditionalGeneration.get_visual_words, VWLMMForConditionalGeneration.from_llava),
             *(VWLMMProcessor.from_vision_text_pretrained, transformers.pipeline, transformers.QuantoConfig),
             *(VWLMMForConditionalGeneration.generate, *objectives_vwlmm.OBJECTIVES.values()),
-            *(VWLMMForConditionalGeneration.forward, VWLMMProcessor),
+            *(VWLMMForConditionalGeneration.forward, VWLMMProcessor, adapters_vwlmm.SAPerceiver),
         )
         dataclass_types = (
             *(VWLMMTrainingArguments, import_example("train").ScriptArguments, ModelConfig, peft.LoraConfig),
@@ -515,6 +516,8 @@ class Names:
         self.names |= {name for class_ in (VWLMMForConditionalGeneration, VWLMMTrainer) for name in dir(class_)}
         for objective in objectives_vwlmm.OBJECTIVES.values():
             self.names |= {*objective.columns, *objective.optional_columns}
+            defaults = [option.default for option in inspect.signature(objective).parameters.values()]
+            self.names |= {default for default in defaults if isinstance(default, str)}
         self.names |= {*dir(VWLMMVisualTokenizer), *vars(VWLMMVisualTokenizerConfig())}
         self.modules = {path for path, _ in model.named_modules()}
         self.objects = {
