@@ -38,7 +38,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PATIENCE = 300  # seconds for a page; on an idle core a page takes 15 at most
 RUN_IN_SECONDS = {  # of small models
-    *("examples/train.py", "examples/push_to_hub.py"),
+    *("examples/train.py", "examples/push_to_hub.py", "examples/vq_indices.py"),
     *("modeling_vwlmm.conversion", "modeling_vwlmm.conversion_lavit"),
 }
 # Packages that a page tells the reader to install, and that constraints*.txt does not name: vLLM's wheel for GPUs, in
@@ -59,13 +59,16 @@ class Reader:
         self.namespace = {"__name__": "__main__"}
         self.options, self.port = options, port
         self.servers = []
+        self.num_recipes = 0
 
     def read(self, kind, code, claims=()):
         if kind == "python":
             exec(compile(code, "<block>", "exec"), self.namespace)
         elif kind == "recipe":
             Path("block.yaml").write_text(code)
-            self.python(["examples/train.py", "--config", "block.yaml", *self.options["block.yaml"]])
+            self.num_recipes += 1
+            options = [*self.options["block.yaml"], "--output_dir", f"runs/recipe{self.num_recipes}"]
+            self.python(["examples/train.py", "--config", "block.yaml", *options])
         else:
             programs = {"shell": PROGRAMS, "command": LOOKED_UP}[kind]
             for program, *arguments in record(code):
@@ -156,11 +159,12 @@ class Reader:
         assert arguments[0] == "install"
         pinned = {normalize(line.split("==")[0]) for file in ROOT.glob("constraints*.txt") for line in file.open()}
         for argument in arguments[1:]:
-            if argument == ".":
+            if argument.startswith("."):  # the repository, with or without an extra
                 assert (Path.cwd() / "pyproject.toml").is_file()
-                continue
-            requirement = Requirement(argument)
-            assert normalize(requirement.name) in pinned | NOT_PINNED, argument
+                requirement = Requirement(f"vwlmm{argument[1:]}")
+            else:
+                requirement = Requirement(argument)
+                assert normalize(requirement.name) in pinned | NOT_PINNED, argument
             if requirement.extras:
                 provided = importlib.metadata.metadata(requirement.name).get_all("Provides-Extra")
                 assert requirement.extras <= set(provided), argument

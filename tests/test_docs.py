@@ -32,7 +32,7 @@ import pytest
 import torch
 import transformers
 import trl
-from conftest import GOLDEN, make_image, tiny_vision
+from conftest import GOLDEN, make_image, tiny_text, tiny_vision
 from read_docs import LOOKED_UP
 from test_backbones import save_decoder, save_tower
 from test_from_llava import make_llava
@@ -110,8 +110,7 @@ OPTIONS = {
     "examples/train.py": ["--dataloader_num_workers", "0"],  # the recipe's eight would have one sample each
     # The rest of a recipe, where a block has some of its lines.
     "block.yaml": shlex.split(
-        "--model_name_or_path runs/stage3 --json_file data/instructions.json --image_folder data/images "
-        "--output_dir runs/recipe"
+        "--model_name_or_path runs/stage3 --json_file data/instructions.json --image_folder data/images"
     ),
 }
 
@@ -164,6 +163,13 @@ CLAIMS = [
     ),
     Claim("docs/training.md", "merge_and_unload", ALL_STAGES.format("runs/stage4")),
     Claim("docs/training.md", "DPOTrainer(", "trainer.state.global_step > 0"),
+    Claim("docs/vlsa.md", "llavar_422k", 'len(own) == sum("image" in record for record in records) > 0'),
+    Claim(
+        "docs/vlsa.md",
+        "launch zero3 stage3",
+        'VWLMMForConditionalGeneration.from_pretrained("runs/llama3_8b_vlsa/stage3").config.trained_stages '
+        '== ["vlsa-1", "vlsa-2", "vlsa-3"]',
+    ),
     Claim("docs/use_with.md", "output = model.generate", 'output.shape[1] > inputs["input_ids"].shape[1]'),
     Claim(
         "docs/use_with.md",
@@ -225,22 +231,42 @@ def is_command(span: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def models(hub, processor, tmp_path_factory):  # noqa: F811
+def models(request, hub, processor, tmp_path_factory):  # noqa: F811
     """A stand-in for the Hub, with a small checkpoint for each name of the pages and recipes."""
     folder = tmp_path_factory.mktemp("models")
     checkpoints = {
         "openai/clip-vit-large-patch14-336": save_tower("clip", folder / "clip"),
         "openai/clip-vit-large-patch14": save_tower("clip", folder / "clip_224"),
         "meta-llama/Llama-2-7b-hf": save_decoder("llama", folder / "llama2"),
+        "meta-llama/Meta-Llama-3-8B-Instruct": save_decoder("llama", folder / "llama3"),
+        "microsoft/vq-diffusion-ithq": save_vq_model(folder / "vq"),
+        "stabilityai/stable-diffusion-3-medium-diffusers": request.getfixturevalue("pipeline"),
         "facebook/dinov2-large": save_tower("dinov2", folder / "dinov2"),
         "lmsys/vicuna-7b-v1.5": save_decoder("llama", folder / "vicuna"),
         "Qwen/Qwen3-8B": save_decoder("qwen3", folder / "qwen3"),
         "llava-hf/llava-1.5-7b-hf": make_llava(folder / "llava", processor),
     }
     for name, checkpoint in checkpoints.items():
-        for file in Path(checkpoint).iterdir():
-            hub.files[f"/{name}/resolve/main/{file.name}"] = file.read_bytes()
+        for file in Path(checkpoint).rglob("*.*"):
+            hub.files[f"/{name}/resolve/main/{file.relative_to(checkpoint)}"] = file.read_bytes()
     return hub
+
+
+def save_vq_model(folder: Path) -> Path:
+    """A VQ model that makes one of eight pixels, where a pipeline has it."""
+    from diffusers import VQModel  # an optional dependency
+
+    torch.manual_seed(0)
+    VQModel(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4,) * 4,
+        latent_channels=4,
+        num_vq_embeddings=20,
+        norm_num_groups=2,
+        layers_per_block=1,
+    ).save_pretrained(folder / "vqvae")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -256,6 +282,8 @@ def folder(vicuna, tmp_path_factory) -> Path:
         ("captions", "data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", "data/LLaVA-Pretrain/images"),
         ("instructions", "data/LLaVA-Instruct/llava_v1_5_mix665k.json", "data/LLaVA-Instruct"),
         ("instructions", "data/instructions.json", "data/images"),
+        ("instructions", "data/LLaVAR/chat_llavar.json", "data/LLaVAR/images"),
+        ("instructions", "data/LLaVA-NeXT/mix790k.json", "data/LLaVA-NeXT/images"),
         ("captions", "blip_laion_cc_sbu_558k.json", "images"),
     ):
         shutil.copytree(data / "images", folder / images)
@@ -391,7 +419,7 @@ VLLM_OPTIONS = {"--gpu-memory-utilization", "--requeue"}  # of vLLM and SLURM, w
 
 
 @pytest.fixture(scope="module")
-def logged(vicuna, processor, dataset, tmp_path_factory) -> set[str]:
+def logged(vicuna, processor, dataset, pipeline, tmp_path_factory) -> set[str]:
     """Names of what is logged, with every objective."""
     names = set()
     dataset = dataset.select([0, 2, 4, 5])  # one turn each, with one image or two
@@ -432,6 +460,19 @@ def logged(vicuna, processor, dataset, tmp_path_factory) -> set[str]:
     )
     trainer = VWLMMTrainer(tokenizer, args, dataset, processor)
     trainer.train()
+    names |= trainer.state.log_history[0].keys()
+    args = VWLMMTrainingArguments(
+        str(tmp_path_factory.mktemp("logged")),
+        stage=2,
+        visual_objective={"codes": 1.0, "reconstruction": {"vae": str(pipeline)}},
+        **{name: getattr(args, name) for name in ("max_steps", "logging_steps", "save_strategy", "use_cpu")},
+        **{"report_to": "none", "disable_tqdm": True},
+    )
+    text = tiny_text("llama", vocab_size=500)
+    model = VWLMMForConditionalGeneration.from_visual_tokenizer(tokenizer, text, adapter="mlp")
+    processor = VWLMMProcessor.from_visual_tokenizer(tokenizer.config, str(GOLDEN / "vicuna"), num_text_tokens=500)
+    trainer = VWLMMTrainer(model, args, dataset, processor)
+    trainer.train()
     return names | trainer.state.log_history[0].keys()
 
 
@@ -453,7 +494,7 @@ class Names:
             *(VWLMMForConditionalGeneration.get_visual_words, VWLMMForConditionalGeneration.from_llava),
             *(VWLMMProcessor.from_vision_text_pretrained, transformers.pipeline, transformers.QuantoConfig),
             *(VWLMMForConditionalGeneration.generate, *objectives_vwlmm.OBJECTIVES.values()),
-            *(VWLMMForConditionalGeneration.forward, VWLMMProcessor),
+            *(VWLMMForConditionalGeneration.forward, VWLMMProcessor, adapters_vwlmm.SAPerceiver),
         )
         dataclass_types = (
             *(VWLMMTrainingArguments, import_example("train").ScriptArguments, ModelConfig, peft.LoraConfig),
@@ -475,6 +516,8 @@ class Names:
         self.names |= {name for class_ in (VWLMMForConditionalGeneration, VWLMMTrainer) for name in dir(class_)}
         for objective in objectives_vwlmm.OBJECTIVES.values():
             self.names |= {*objective.columns, *objective.optional_columns}
+            defaults = [option.default for option in inspect.signature(objective).parameters.values()]
+            self.names |= {default for default in defaults if isinstance(default, str)}
         self.names |= {*dir(VWLMMVisualTokenizer), *vars(VWLMMVisualTokenizerConfig())}
         self.modules = {path for path, _ in model.named_modules()}
         self.objects = {

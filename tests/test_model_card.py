@@ -29,6 +29,7 @@ from test_hub import CODE_FILES, OTHER_FILES, run_without_package
 
 from modeling_vwlmm import VWLMMConfig, VWLMMTrainer, VWLMMTrainingArguments
 from modeling_vwlmm.training.model_card import make_model_card, read_eval_results
+from modeling_vwlmm.training.stages import METHODS, record_name
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -383,6 +384,13 @@ class TestCard:
         assert "made from" not in card.text
         assert "get_visual_words" not in card.text  # no VM head has been trained
         assert re.findall("^#+ .*", card.text, flags=re.MULTILINE) == ["# vwlmm", "## Usage"]
+
+    def test_stages_of_every_method(self):
+        records = [record_name(method, stage) for method, stages in METHODS.items() for stage in stages]
+        card = make_model_card(VWLMMConfig(trained_stages=records), "me/vwlmm")
+        rows = card.text.partition("## Training stages\n")[2].strip().splitlines()
+        assert len(rows) == 2 + len(records)
+        assert rows[-2] == "| vlsa stage 2 (alignment with the vision tower) | adapter, vision tower |"
 
     @pytest.mark.parametrize("local", ["models/llm", "/models/llm", "./models/llm", "a/models/llm", "llm", ""])
     def test_local_paths_are_no_base_models(self, local, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every adapter with every objective: the step teaches what the objective says it does, or the pair is refused."""
 
+import inspect
 import re
 from pathlib import Path
 
@@ -93,6 +94,17 @@ def test_table_has_every_pair():
     names = {*OBJECTIVES, *VARIANTS} - {"language", "reconstruction"}
     assert TABLE.keys() == {(adapter, name) for adapter in ADAPTERS for name in names}
     assert set(TABLE.values()) == {TRAINS, *REFUSALS}
+
+
+def test_options_of_every_objective():
+    """The page has them all, under their names."""
+    section = PAGE.read_text().partition("### Options of objectives")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`.*`) \| (?:`(\w+)`|none) \|", section, flags=re.MULTILINE)
+    found = {name: set() for name in OBJECTIVES}
+    for names, option in rows:
+        for name in re.findall(r"\w+", names):
+            found[name] |= {option} - {""}
+    assert found == {name: set(inspect.signature(objective).parameters) for name, objective in OBJECTIVES.items()}
 
 
 @pytest.mark.parametrize(("adapter", "name"), TABLE, ids=str)

@@ -14,13 +14,19 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..adapters_vwlmm import get_max_patches
 from ..configuration_vwlmm import VWLMMConfig
-from .stages import ADAPTER, DECODER, METHODS, MM_HEAD, STAGES, VM_HEAD
+from .stages import ADAPTER, DECODER, METHODS, MM_HEAD, STAGES, VISION_TOWER, VM_HEAD
 
 
 TASK = "image-text-to-text"
 TAGS = ["vw-lmm", "visual-words"]
 ROMAN = ("", "I", "II", "III", "IV")
-MODULES = {ADAPTER: "adapter", DECODER: "decoder", MM_HEAD: "MM head", VM_HEAD: "VM head"}
+MODULES = {
+    ADAPTER: "adapter",
+    DECODER: "decoder",
+    MM_HEAD: "MM head",
+    VM_HEAD: "VM head",
+    VISION_TOWER: "vision tower",
+}
 
 TRAINING_HEADING = "## Training procedure"  # as in TRL's cards
 # Transformers' cards have such a comment, too: a card without it is no draft any more.
