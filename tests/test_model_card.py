@@ -392,6 +392,12 @@ class TestCard:
         assert len(rows) == 2 + len(records)
         assert rows[-2] == "| vlsa stage 2 (alignment with the vision tower) | adapter, vision tower |"
 
+    def test_names_the_method_of_the_last_stage(self):
+        papers = {(): "(VW-LMM)", (1, 2): "(VW-LMM)", ("lavit-1", "lavit-2"): "(LaVIT)", (1, "vlsa-2"): "(VLSA)"}
+        for records, paper in papers.items():
+            card = make_model_card(VWLMMConfig(trained_stages=list(records)), "me/vwlmm")
+            assert re.findall(r"by the method of \[[^]]+\]\(https://[^)]+\) (\(.*\)), which", card.text) == [paper]
+
     @pytest.mark.parametrize("local", ["models/llm", "/models/llm", "./models/llm", "a/models/llm", "llm", ""])
     def test_local_paths_are_no_base_models(self, local, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)

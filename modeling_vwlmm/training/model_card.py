@@ -28,6 +28,28 @@ MODULES = {
     VISION_TOWER: "vision tower",
 }
 
+# Of each method: its name, its paper as TRL's cards cite it, and what it is.
+PAPERS = {
+    "vw-lmm": {"title": "Multi-modal Auto-regressive Modeling via Visual Words", "id": "2403.07720"},
+    "lavit": {
+        "title": "Unified Language-Vision Pretraining with Dynamic Discrete Visual Tokenization",
+        "id": "2309.04669",
+    },
+    "vlsa": {},  # under review, and on no arXiv
+}
+NAMES = {"vw-lmm": "VW-LMM", "lavit": "LaVIT", "vlsa": "VLSA"}
+INTRODUCTIONS = {
+    "vw-lmm": """[Multi-modal Auto-regressive Modeling via Visual
+Words](https://arxiv.org/abs/2403.07720) (VW-LMM), which maps every image feature to a probability distribution over
+the language model's vocabulary, its visual words.""",
+    "lavit": """[Unified Language-Vision Pretraining with Dynamic Discrete Visual
+Tokenization](https://arxiv.org/abs/2309.04669) (LaVIT), which gives an image as many tokens as it needs, and each of
+them a code that the language model learns to predict.""",
+    "vlsa": """[Rethinking Modality Alignment in Multi-Modal Large Language
+Models](https://openreview.net/forum?id=RLhEGWt94S) (VLSA), which reads images of high resolution as a fixed number of
+tokens, and learns to draw them from these.""",
+}
+
 TRAINING_HEADING = "## Training procedure"  # as in TRL's cards
 # Transformers' cards have such a comment, too: a card without it is no draft any more.
 DRAFT = """<!-- Written automatically. Proofread and complete this card, then remove this comment:
@@ -39,9 +61,7 @@ TEMPLATE = (
 
 # {{ name }}
 
-A vision-language model by the method of [Multi-modal Auto-regressive Modeling via Visual
-Words](https://arxiv.org/abs/2403.07720) (VW-LMM), which maps every image feature to a probability distribution over
-the language model's vocabulary, its visual words.
+A vision-language model by the method of {{ introduction }}
 {%- if base_model %} It was made from {% for id in base_model -%}
 [{{ id }}](https://huggingface.co/{{ id }}){{ "." if loop.last else " and " if loop.revindex == 2 else ", " }}
 {%- endfor %}
@@ -199,11 +219,18 @@ def make_model_card(
         template_str=TEMPLATE,
         name=name,
         repo_id=repo_id,
+        introduction=INTRODUCTIONS[find_method(config)],
         stages={number: describe_stage(number) for number in stages},
         patch_boxes="" if get_max_patches(config) is None else ', patch_boxes=inputs["patch_boxes"]',
         results=data.eval_results,
         training_procedure=training_procedure,
     )
+
+
+def find_method(config: VWLMMConfig) -> str:
+    """The method of the last stage that a checkpoint was trained in."""
+    last = (config.trained_stages or [None])[-1]
+    return last.rpartition("-")[0] if isinstance(last, str) else "vw-lmm"
 
 
 def find_base_models(config: VWLMMConfig, repo_id: str | None = None) -> list[str]:

@@ -58,7 +58,7 @@ from .collating import VWLMMDataCollator
 from .data_loading import LoadsInOrder
 from .lockstep import encode_no_images
 from .means import PositionMeans
-from .model_card import TAGS, is_hub_id, make_model_card, read_training_procedure
+from .model_card import NAMES, PAPERS, TAGS, is_hub_id, make_model_card, read_training_procedure
 from .no_cache import NoCache
 from .saving import SavesWholeCheckpoints
 from .stages import METHODS, record_name, set_trainable_parameters
@@ -117,9 +117,9 @@ class VWLMMTrainer(SavesWholeCheckpoints, StopsWhenDiverged, LoadsInOrder, SFTTr
     ```
     """
 
-    _name = "VW-LMM"
     _tag_names = [*TAGS, "trl", "sft"]
-    _paper = {"title": "Multi-modal Auto-regressive Modeling via Visual Words", "id": "2403.07720"}
+    _name = property(lambda self: NAMES[self.args.method])
+    _paper = property(lambda self: PAPERS[self.args.method])
     # Losses are divided by the positions of the whole optimiser step, so accumulation must not divide them again.
     loss_is_scaled_for_ga = True
 
