@@ -6,8 +6,9 @@ Publishes a checkpoint on the Hugging Face Hub, with a model card. Log in first,
     python examples/push_to_hub.py runs/vicuna_7b/stage4 your-name/vwlmm-vicuna-7b --license llama2 \
         --datasets liuhaotian/LLaVA-Pretrain liuhaotian/LLaVA-Instruct-150K --metrics results.json
 
-`--dry_run` writes the card and lists the files, and uploads nothing. `results.json` is what lmms-eval writes, or a
-list:
+`--dry_run` writes the card and lists the files, and uploads nothing. Modules that objectives have trained beside the
+model stay at home, unless `--with_training_modules` sends them along for who wants to train on. `results.json` is what
+lmms-eval writes, or a list:
 
     [{"dataset_type": "lmms-lab/POPE", "dataset_name": "POPE", "metric_type": "accuracy", "metric_value": 0.875}]
 """
@@ -23,6 +24,7 @@ from transformers.dynamic_module_utils import get_relative_imports
 
 from modeling_vwlmm import VWLMMConfig
 from modeling_vwlmm.training.model_card import make_model_card, read_eval_results
+from modeling_vwlmm.training.training_modules import FOLDER
 
 
 # What a training run leaves in its folder beside the checkpoint.
@@ -103,10 +105,18 @@ def write_model_card(folder: Path, repo_id: str, metrics: list[str], **metadata:
     return card
 
 
-def list_files(folder: Path) -> list[str]:
-    """The files that are uploaded, relative to `folder`."""
+def list_files(folder: Path, with_training_modules: bool = False) -> list[str]:
+    """
+    The files that are uploaded, relative to `folder`.
+
+    Raises:
+        FileNotFoundError: If training modules are asked for, and there are none.
+    """
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return list(filter_repo_objects(files, ignore_patterns=IGNORED))
+    modules = [file for file in files if file.startswith(f"{FOLDER}/")] if with_training_modules else []
+    if with_training_modules and not modules:
+        raise FileNotFoundError(f"{folder} has no {FOLDER}, which `--with_training_modules` asks for. Leave it out.")
+    return [*filter_repo_objects(files, ignore_patterns=IGNORED), *modules]
 
 
 def main(args: list[str] | None = None) -> None:
@@ -124,14 +134,19 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--language", nargs="+", help="languages it speaks, as ISO codes: 'en'")
     parser.add_argument("--tags", nargs="+", default=[], help="further tags")
     parser.add_argument("--metrics", nargs="+", default=[], help="JSON files of results, see above")
+    parser.add_argument(
+        "--with_training_modules", action="store_true", help="also upload what objectives train beside the model"
+    )
     parser.add_argument("--private", action="store_true", default=None, help="make the repository private")
     parser.add_argument("--dry_run", action="store_true", help="write the card and list the files, upload nothing")
     args = vars(parser.parse_args(args))
     folder, repo_id, private, dry_run = (args.pop(name) for name in ("folder", "repo_id", "private", "dry_run"))
+    with_training_modules = args.pop("with_training_modules")
 
     check_is_complete(folder)
     card = write_model_card(folder, repo_id, **args)
-    print(card.data.to_yaml(), *list_files(folder), sep="\n")
+    files = list_files(folder, with_training_modules)
+    print(card.data.to_yaml(), *files, sep="\n")
     if dry_run:
         return
     api = HfApi()
@@ -139,8 +154,9 @@ def main(args: list[str] | None = None) -> None:
     api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
-        ignore_patterns=IGNORED,
-        delete_patterns=["model*.safetensors", "model.safetensors.index.json"],  # earlier weights would stay
+        allow_patterns=files,
+        # Earlier weights would stay.
+        delete_patterns=["model*.safetensors", "model.safetensors.index.json", f"{FOLDER}/*"],
     )
     print(f"{api.endpoint}/{repo_id}")
 

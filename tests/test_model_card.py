@@ -140,6 +140,8 @@ def folder(vicuna, tmp_path_factory) -> Path:
     config["vision_config"]["_name_or_path"] = "openai/clip-vit-large-patch14-336"
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "training_args.bin").write_text("holds paths of this machine")
+    (folder / "_training_modules").mkdir()
+    (folder / "_training_modules" / "features.safetensors").write_bytes(b"of an objective")
     (folder / "checkpoint-1").mkdir()
     (folder / "checkpoint-1" / "config.json").write_text("{}")
     return folder
@@ -147,8 +149,9 @@ def folder(vicuna, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def published(hub, folder) -> str:
-    """The card on the Hub, after the script has run. An earlier upload was of sharded weights."""
-    for name in ("model-00001-of-00001.safetensors", "model.safetensors.index.json"):
+    """The card on the Hub, after the script has run. An earlier upload was of sharded weights, and more."""
+    module = "_training_modules/features.safetensors"
+    for name in ("model-00001-of-00001.safetensors", "model.safetensors.index.json", module):
         hub.files[f"/me/vwlmm/resolve/main/{name}"] = b"earlier"
     (folder.parent / "results.json").write_text(json.dumps([POPE]))
     arguments = ["--license", "llama2", "--datasets", "a/captions", "b/conversations", "--metrics", "results.json"]
@@ -212,6 +215,13 @@ class TestScript:
         assert len(answer) > 64
         assert len(ast.literal_eval(words)) == 16
         assert not rest
+
+    def test_training_modules_are_asked_for(self, push_to_hub, checkpoint, capsys):
+        push_to_hub([str(checkpoint), "me/dry", "--dry_run", "--with_training_modules"])
+        assert capsys.readouterr().out.splitlines()[-1] == "_training_modules/features.safetensors"
+        shutil.rmtree(checkpoint / "_training_modules")
+        with pytest.raises(FileNotFoundError, match="has no _training_modules, which `--with_training_modules` asks"):
+            push_to_hub([str(checkpoint), "me/dry", "--dry_run", "--with_training_modules"])
 
     def test_dry_run_lists_the_files(self, push_to_hub, checkpoint, capsys):
         push_to_hub([str(checkpoint), "me/dry", "--dry_run"])
