@@ -27,8 +27,8 @@ from PIL import Image
 from reconstruct import draw, load, paint
 
 from modeling_vwlmm import VWLMMConfig, VWLMMForConditionalGeneration, VWLMMVisualTokenizer
-from modeling_vwlmm.training.denoisers import EXTRA
-from modeling_vwlmm.training.reconstruction import get_conditions
+from modeling_vwlmm.training.denoisers import Pretrained, import_diffusers
+from modeling_vwlmm.training.reconstruction import get_conditions, get_normalization
 from processing_vwlmm import VWLMMProcessor
 
 
@@ -126,7 +126,7 @@ def measure_lengths(
 ) -> torch.Tensor:
     """The mean lengths of patch features at each place of images, by default of a plain one: `[N, 1]`."""
     if not images:
-        color = tuple(int(255 * value) for value in processor.image_processor.image_mean)
+        color = tuple(int(255 * value) for value in get_normalization(processor.image_processor)[0])
         images = [Image.new("RGB", (tokenizer.config.vision_config.image_size,) * 2, color)]
     pixel_values = processor.image_processor(images, return_tensors="pt")["pixel_values"]  # [I, 3, H, W]
     features = tokenizer.encode_patches(pixel_values.to(tokenizer.device))  # [I, N, C]
@@ -170,21 +170,16 @@ def load_pipeline(name: str) -> Any:
     Stable Diffusion XL without its text encoders, of the folder or name of a pipeline that may lack them.
 
     Raises:
-        ImportError: If diffusers is not installed.
+        ImportError: If diffusers is not installed, or an earlier one.
         OSError: If the pipeline has no VAE, U-Net or scheduler.
     """
-    try:
-        import diffusers
-    except ImportError as error:
-        raise ImportError(
-            f"`--pipeline` needs diffusers, and it cannot be imported: {error}. Install it with `{EXTRA}`, on Python "
-            "3.11 or later."
-        ) from error
+    diffusers = import_diffusers("`--pipeline`")
+    vae, unet = Pretrained("AutoencoderKL", name, "vae"), Pretrained("UNet2DConditionModel", name, "unet")
     # Only to read what its class is.
     scheduler = diffusers.EulerDiscreteScheduler.load_config(name, subfolder="scheduler")
     return diffusers.StableDiffusionXLPipeline(
-        vae=diffusers.AutoencoderKL.from_pretrained(name, subfolder="vae"),
-        unet=diffusers.UNet2DConditionModel.from_pretrained(name, subfolder="unet"),
+        vae=vae.load(use_safetensors=None),  # the authors' release may have none
+        unet=unet.load(use_safetensors=None),
         scheduler=getattr(diffusers, scheduler["_class_name"]).from_config(scheduler),
         text_encoder=None,
         text_encoder_2=None,
@@ -279,7 +274,7 @@ def main(args: list[str] | None = None) -> None:
         settings = {"guidance_scale": options.guidance, "num_inference_steps": options.steps}
         picture = paint_with_pipeline(pipeline, tokenizer, codes, options.seed, **settings)
     else:
-        images = [Image.open(file).convert("RGB") for file in options.like or ()]
+        images = processor.image_processor.fetch_images(options.like or [])
         features = rebuild(tokenizer, codes, measure_lengths(tokenizer, processor, images))  # [1, N, C]
         reconstructor = painter.training_modules["reconstruction"]
         generator, sides = torch.Generator().manual_seed(options.seed), [reconstructor.size] * 2

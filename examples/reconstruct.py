@@ -20,7 +20,7 @@ from tqdm import tqdm
 from modeling_vwlmm import VWLMMForConditionalGeneration
 from modeling_vwlmm.objectives_vwlmm import parse_objectives
 from modeling_vwlmm.training import attach_training_modules
-from modeling_vwlmm.training.reconstruction import Reconstructor, get_conditions, make_pictures
+from modeling_vwlmm.training.reconstruction import Reconstructor, get_conditions, get_normalization, make_pictures
 from modeling_vwlmm.training.training_modules import FOLDER
 from processing_vwlmm import VWLMMProcessor
 
@@ -79,7 +79,7 @@ def reconstruct(
     inputs = {name: inputs[name] for name in ("pixel_values", "patch_boxes") if name in inputs}
     outputs = model.model.get_image_features(**inputs)
     conditions = get_conditions(outputs)
-    mean, std = processor.image_processor.image_mean, processor.image_processor.image_std
+    mean, std = get_normalization(processor.image_processor)
     size, image = reconstructor.size, reconstructor.image
     pictures = make_pictures(inputs["pixel_values"], inputs.get("patch_boxes"), mean, std, size, image)
 
@@ -156,7 +156,7 @@ def main(args: list[str] | None = None) -> None:
     if options.steps < 1:
         parser.error(f"--steps is {options.steps}; expected 1 or more, for noise alone is no reconstruction")
     model, processor = load(options.checkpoint, vae=options.vae, denoiser=options.denoiser)
-    images = [Image.open(file).convert("RGB") for file in options.images]
+    images = processor.image_processor.fetch_images(options.images)
     pictures = reconstruct(model.to(options.device), processor, images, options.steps, options.seed)
     draw(pictures).save(options.output)
     print(f"{options.output}: {len(images)} rows of original, VAE, and what is drawn from the image features")

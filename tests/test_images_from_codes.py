@@ -203,6 +203,15 @@ class TestPipeline:
         with pytest.raises(ImportError, match=r"`--pipeline` needs diffusers.*pip install 'diffusers>=0.42'"):
             images_from_codes.main([str(lavit), "a", "--pipeline", "x"])
 
+    def test_an_earlier_diffusers(self, lavit, monkeypatch):
+        monkeypatch.setattr("diffusers.__version__", "0.41.2")
+        with pytest.raises(ImportError, match=r"needs diffusers 0.42 or later, and 0.41.2 is installed. Install it"):
+            images_from_codes.main([str(lavit), "a", "--pipeline", "x"])
+
+    def test_folder_of_no_pipeline(self, lavit, tmp_path):
+        with pytest.raises(OSError, match="There is no AutoencoderKL under .*, neither in the folder itself nor"):
+            images_from_codes.main([str(lavit), "a", "--pipeline", str(tmp_path)])
+
 
 def make_sdxl(folder: Path, config) -> str:
     """Saves the parts of a tiny pipeline that reads what a decoder of this config makes."""

@@ -24,7 +24,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from modeling_vwlmm import VWLMMForConditionalGeneration, VWLMMTrainer, VWLMMTrainingArguments
+from modeling_vwlmm import VWLMMConfig, VWLMMForConditionalGeneration, VWLMMTrainer, VWLMMTrainingArguments
 from modeling_vwlmm.objectives_vwlmm import find_image_rows, find_supervised_positions, parse_objectives
 from modeling_vwlmm.training import Epigone, attach_training_modules
 from modeling_vwlmm.training.denoisers import PerTokenDenoiser, _sample
@@ -550,6 +550,24 @@ class TestPatches:
             check_sizes(448, vae, transformer, 4)
 
 
+def test_modules_on_meta_read_no_weights(vicuna, options, monkeypatch):
+    """They are as large as the real ones, of which as much trains: a dry run counts them."""
+    objectives = parse_objectives({"reconstruction": options})[0]
+
+    def make(device):
+        with torch.device(device):
+            model = VWLMMForConditionalGeneration(VWLMMConfig.from_pretrained(vicuna))
+            attach_training_modules(model, objectives)
+        modules = model.training_modules
+        assert {parameter.device.type for parameter in modules.parameters()} == {device}
+        return {n: (p.shape, p.dtype, p.requires_grad) for n, p in modules.named_parameters()}
+
+    expected = make("cpu")
+    for model_class in ("AutoencoderKL", "SD3Transformer2DModel"):
+        monkeypatch.setattr(f"diffusers.{model_class}.from_pretrained", None)
+    assert make("meta") == expected
+
+
 class TestSD3:
     def test_order_of_the_tokens_says_nothing_and_another_images_tokens_do(self, model, pipeline):
         """After a little training on four images, whose own features serve them better than those of another."""
@@ -846,6 +864,21 @@ class TestPicture:
         assert Image.open(tmp_path / "picture.png").size == (3 * 28 + 2 * 4, 2 * 28 + 4)
         with pytest.raises(FileNotFoundError, match="was not trained with the objective `reconstruction`"):
             reconstruct.load(str(tmp_path))
+
+    def test_originals_are_what_the_processor_reads(
+        self, reconstruct, make_trainer, model, processor, options, tmp_path
+    ):
+        """What is transparent lies on white, and pixels are those of a processor that does not normalise, too."""
+        trainer = make_trainer(options)
+        trainer.save_model(tmp_path / "saved")
+        Image.new("RGBA", (28, 28), (0, 0, 0, 0)).save(tmp_path / "nothing.png")
+        files = [str(tmp_path / "nothing.png"), "-o", str(tmp_path / "picture.png")]
+        reconstruct.main([str(tmp_path / "saved"), *files, "--steps", "1"])
+        assert min(Image.open(tmp_path / "picture.png").getpixel((14, 14))) >= 254
+        processor.image_processor.do_normalize = False
+        image = Image.new("RGB", (28, 28), (51, 102, 255))
+        (original, *_) = reconstruct.reconstruct(model.eval(), processor, [image], num_steps=1)[0]
+        assert_close(original.mean(dim=(1, 2)), torch.tensor([-0.6, -0.2, 1.0]), atol=1e-5, rtol=0)
 
     def test_the_right_velocity_leads_from_noise_to_the_vaes_copy(self, reconstruct, model, processor, pipeline):
         attach(model, {"vae": str(pipeline)}).eval()

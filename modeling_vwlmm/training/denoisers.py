@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import GatedRepoError
+from packaging.version import Version
 from torch import nn
 
 from ..adapters_vwlmm import to_dtype_of
@@ -22,7 +23,8 @@ from ..patches_vwlmm import get_token_centres
 
 
 # How diffusers is installed.
-EXTRA = "pip install 'diffusers>=0.42'"
+OLDEST_DIFFUSERS = "0.42"
+EXTRA = f"pip install 'diffusers>={OLDEST_DIFFUSERS}'"
 
 
 class AdaLNBlock(nn.Module):
@@ -188,20 +190,25 @@ class SD3Denoiser(nn.Module):
         )[0]
 
 
-def import_diffusers() -> Any:
+def import_diffusers(needed_by: str = "The objective `reconstruction`") -> Any:
     """
-    The package diffusers, which nothing but reconstruction needs.
+    The package diffusers, which nothing needs but what draws.
 
     Raises:
-        ImportError: If it is not installed.
+        ImportError: If it is not installed, or an earlier one.
     """
     try:
         import diffusers
     except ImportError as error:
         raise ImportError(
-            f"The objective `reconstruction` needs diffusers 0.42 or later, and it cannot be imported: {error}. "
-            f"Install it with `{EXTRA}`, on Python 3.11 or later."
+            f"{needed_by} needs diffusers {OLDEST_DIFFUSERS} or later, and it cannot be imported: {error}. Install it "
+            f"with `{EXTRA}`, on Python 3.11 or later."
         ) from error
+    if Version(diffusers.__version__) < Version(OLDEST_DIFFUSERS):
+        raise ImportError(
+            f"{needed_by} needs diffusers {OLDEST_DIFFUSERS} or later, and {diffusers.__version__} is installed. "
+            f"Install it with `{EXTRA}`, on Python 3.11 or later."
+        )
     return diffusers
 
 
@@ -239,11 +246,19 @@ class Pretrained:
         if found != class_name:
             raise ValueError(f"{self.name} is a {found}; expected a {class_name}. Name another in the objective.")
 
-    def load(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """The model with its weights, in evaluation mode. Only safetensors are read."""
+    def load(self, dtype: torch.dtype = torch.float32, use_safetensors: bool | None = True) -> nn.Module:
+        """
+        The model with its weights, in evaluation mode; on `meta`, without. Only safetensors are read, unless
+        `use_safetensors` is `None`.
+
+        Raises:
+            OSError: If they are not there.
+        """
+        if torch.get_default_device().type == "meta":
+            return self.model_class.from_config(self.config).to(dtype).eval()
         try:
             return self.model_class.from_pretrained(
-                self.name, torch_dtype=dtype, use_safetensors=True, **self.options
+                self.name, torch_dtype=dtype, use_safetensors=use_safetensors, **self.options
             ).eval()
         except OSError as error:
             raise self._explain(error) from error

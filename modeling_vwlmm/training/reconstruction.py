@@ -91,6 +91,13 @@ def reconstruction_losses(
     return (z - predicted).square().mean(dim=(1, 2, 3))
 
 
+def get_normalization(image_processor: Any) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation by which an image processor normalises, `[3]` each: 0 and 1 if it does not."""
+    if not getattr(image_processor, "do_normalize", True):
+        return [0.0] * 3, [1.0] * 3
+    return list(image_processor.image_mean), list(image_processor.image_std)
+
+
 def to_vae_pixels(
     pixel_values: torch.Tensor, image_mean: Sequence[float], image_std: Sequence[float], size: int
 ) -> torch.Tensor:
@@ -530,13 +537,8 @@ class Reconstruction(Objective):
             for index, image in enumerate(example.get("images") or []):
                 name = None if example.get("id") is None else f"{example['id']} {index}".encode()
                 seeds.append(zlib.crc32(np.asarray(image).tobytes() if name is None else name))
-        images = processor.image_processor
-        normalizes = getattr(images, "do_normalize", True)
-        return {
-            "image_seeds": seeds,
-            "image_mean": list(images.image_mean) if normalizes else [0.0] * 3,
-            "image_std": list(images.image_std) if normalizes else [1.0] * 3,
-        }
+        image_mean, image_std = get_normalization(processor.image_processor)
+        return {"image_seeds": seeds, "image_mean": image_mean, "image_std": image_std}
 
     def predict(self, inputs: ObjectiveInputs) -> Term:
         reconstructor, batch, config = inputs.model.get_training_module(self.name), inputs.batch, inputs.model.config
