@@ -124,6 +124,7 @@ def check(
     )
     if args.chat_template is not None:
         collator.chat_template = read_chat_template(args, processor)
+    num_bytes, model = _count_bytes(args, model, model_args)  # refuses what does not fit, before samples are read
     lengths, num_images, refused = [], [], reader.refused
     added, num_supervised = AddedAnswers(dataset, processor), 0
     num_rejected = sum(map(len, [*refused.values(), *reader.skipped.values()]))
@@ -156,7 +157,6 @@ def check(
         added.print(num_supervised)
         if args.max_length is not None:
             print(f"{sum(n >= args.max_length for n in lengths)} samples have {args.max_length} tokens, or were cut")
-    num_bytes, model = _count_bytes(args, model, model_args)
     print(
         f"memory of weights, gradients and AdamW's states, unsharded: {num_bytes / 1e9:.3f} GB (activations are not "
         "counted)"

@@ -162,3 +162,10 @@ def test_memory(dry_run):
     whole, half, adapters, narrow = (number(r"unsharded: (\S+) GB", dry_run(*options)[1]) for options in ways)
     assert half == pytest.approx(whole / 2, rel=0.05, abs=0.001)
     assert whole > adapters >= narrow
+
+
+def test_what_does_not_fit_is_refused_before_samples_are_read(dry_run, monkeypatch):
+    monkeypatch.setattr("check.VWLMMDataCollator.__call__", lambda *_: pytest.fail("reads samples"))
+    reconstruction = {"vae": "examples/small_world/vae", "size": 66}
+    with pytest.raises(ValueError, match="66"):
+        dry_run("--visual_objective", json.dumps({"reconstruction": reconstruction}))
