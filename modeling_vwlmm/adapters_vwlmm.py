@@ -158,8 +158,21 @@ class SAPerceiver(nn.Module):
 
         Returns:
             `torch.Tensor` of shape `[I, N, W]`, the image tokens, and `[I, W]`, the learned query's global feature.
+
+        Raises:
+            ValueError: If an image has no patches, or numbers of images, patches and boxes differ.
         """
         num_patches = num_patches.tolist() if isinstance(num_patches, torch.Tensor) else list(num_patches)
+        if len(num_patches) != len(snapshot) or sum(num_patches) != len(patches) or min(num_patches, default=1) < 1:
+            raise ValueError(
+                f"`num_patches` is {num_patches}, of {len(snapshot)} snapshots and {len(patches)} patches; expected a "
+                "number for each snapshot, one at least, that sum to the patches."
+            )
+        if patch_boxes.shape != (len(patches), 4):
+            raise ValueError(
+                f"`patch_boxes` has shape {tuple(patch_boxes.shape)}; expected {(len(patches), 4)}, a box for each "
+                "patch and none for snapshots."
+            )
         tokens = torch.cat([snapshot, self.query.expand(len(snapshot), 1, -1)], dim=1)  # [I, N + 1, W]
         keys = self.w_kv(self.norm_patches(patches))  # [M, N, W]
         # One call for all images: those with fewer patches are padded, and their padding is masked.

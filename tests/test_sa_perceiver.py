@@ -123,6 +123,13 @@ class TestEquations:
             assert_close(output.image_features[i], values[f"image{i}.features"], atol=tolerance, rtol=0)
             assert_close(output.global_features[i], values[f"image{i}.global_feature"], atol=tolerance, rtol=0)
 
+    def test_boxes(self):
+        """Of images that are 1 x 1, 2 x 2 and 1 x 3 patches, on the snapshot's square."""
+        values, settings = golden(), {"do_pad": True, "do_center_crop": False}
+        for image, (rows, columns) in enumerate([(1, 1), (2, 2), (1, 3)]):
+            boxes = torch.tensor(get_boxes(rows * 28, columns * 28, 28, 28, 4, settings), dtype=torch.float64)
+            assert_close(boxes, values[f"image{image}.boxes"], atol=1e-10, rtol=0)
+
     def test_centres(self):
         values = golden()
         centres = get_token_centres(values["centres.box"][None], 3, 3)[0].flatten(0, 1)
@@ -441,6 +448,13 @@ class TestModel:
         together = perceiver(snapshots, patches, boxes, [1, 3])[0]
         assert_close(together[:1], perceiver(snapshots[:1], patches[:1], boxes[:1], [1])[0])
         assert_close(together[1:], perceiver(snapshots[1:], patches[1:], boxes[1:], [3])[0])
+        for num_patches in ([1, 2], [4], [4, 0]):
+            with pytest.raises(
+                ValueError, match=rf"`num_patches` is \{num_patches}, of 2 snapshots and 4 patches; exp"
+            ):
+                perceiver(snapshots, patches, boxes, num_patches)
+        with pytest.raises(ValueError, match=r"`patch_boxes` has shape \(3, 4\); expected \(4, 4\)"):
+            perceiver(snapshots, patches, boxes[1:], [1, 3])
 
     def test_order_of_patches(self, model, processor):
         """It is nothing but the boxes that says where a patch is."""
