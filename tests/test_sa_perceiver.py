@@ -449,9 +449,7 @@ class TestModel:
         assert_close(together[:1], perceiver(snapshots[:1], patches[:1], boxes[:1], [1])[0])
         assert_close(together[1:], perceiver(snapshots[1:], patches[1:], boxes[1:], [3])[0])
         for num_patches in ([1, 2], [4], [4, 0]):
-            with pytest.raises(
-                ValueError, match=rf"is \{num_patches}, of 2 snapshots and 4 patches; expected"
-            ):
+            with pytest.raises(ValueError, match=rf"is \{num_patches}, of 2 snapshots and 4 patches; expected"):
                 perceiver(snapshots, patches, boxes, num_patches)
         with pytest.raises(ValueError, match=r"`patch_boxes` has shape \(3, 4\); expected \(4, 4\)"):
             perceiver(snapshots, patches, boxes[1:], [1, 3])
