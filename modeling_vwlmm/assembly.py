@@ -33,7 +33,7 @@ from transformers.utils import cached_file
 from processing_vwlmm.building_vwlmm import count_extra_tokens
 
 from .adapters_vwlmm import make_adapter
-from .configuration_vwlmm import VWLMMConfig
+from .configuration_vwlmm import VWLMMConfig, check_fields
 from .modeling_vwlmm import VWLMMForConditionalGeneration
 from .placeholders_vwlmm import has_embedding
 from .visual_tokenizer_vwlmm import VWLMMVisualTokenizer
@@ -79,6 +79,7 @@ def from_vision_text_pretrained(
     Raises:
         ValueError: If the LLM makes its logits by more than one matrix (a bias, soft-capping, scaling) or has no
             `embed_tokens`, or if the vision tower has other tokens than patches and a class token.
+        TypeError: If a keyword is no field of the config.
 
     Example:
 
@@ -89,6 +90,7 @@ def from_vision_text_pretrained(
     ```
     """
     dtype = config.pop("dtype", "auto")
+    check_fields(cls.config_class, config)
     if not isinstance(vision, PreTrainedModel):
         vision_config = AutoConfig.from_pretrained(vision)
         vision_config = getattr(vision_config, "vision_config", vision_config)
@@ -145,6 +147,7 @@ def from_visual_tokenizer(
     if merger_init not in ("tokenizer", "identity"):
         raise ValueError(f"`merger_init` is {merger_init!r}; expected 'tokenizer' or 'identity'.")
     dtype = config.pop("dtype", "auto")
+    check_fields(cls.config_class, config)
     if not isinstance(visual_tokenizer, PreTrainedModel):
         visual_tokenizer = _load_visual_tokenizer(visual_tokenizer, dtype)
     if not isinstance(text, PreTrainedModel):

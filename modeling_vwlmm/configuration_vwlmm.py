@@ -4,6 +4,9 @@
 
 import math
 import os
+from collections.abc import Iterable
+from dataclasses import fields
+from difflib import get_close_matches
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -170,6 +173,23 @@ class VWLMMVisualTokenizerConfig(PreTrainedConfig):
         return max(round(self.keep_rate * self.num_patches), 1) if self.selection == "top_k" else None
 
 
+def check_fields(config_class: type[PreTrainedConfig], given: Iterable[str]) -> None:
+    """
+    Checks keywords that are to become fields of a config, which takes any.
+
+    Raises:
+        TypeError: If one is no field.
+    """
+    known = {field.name for field in fields(config_class)} | {*config_class.attribute_map, "attn_implementation"}
+    for name in given:
+        if name not in known:
+            close = get_close_matches(name, known, n=1)
+            raise TypeError(
+                f"`{name}` is no field of {config_class.__name__}"
+                + (f"; did you mean `{close[0]}`?" if close else ", nor anything else that is expected here.")
+            )
+
+
 @strict
 class VWLMMConfig(LlavaConfig):
     """
@@ -294,11 +314,11 @@ class VWLMMConfig(LlavaConfig):
 
     def to_dict(self) -> dict:
         """See `PreTrainedConfig.to_dict`. Parts keep their names on the Hub, and no folder of this machine."""
-        fields = super().to_dict()
-        for part in (fields["text_config"], fields["vision_config"]):
+        written = super().to_dict()
+        for part in (written["text_config"], written["vision_config"]):
             if os.path.exists(part.get("_name_or_path", "")):
                 part["_name_or_path"] = ""
-        return fields
+        return written
 
 
 VWLMMConfig.register_for_auto_class("AutoConfig")

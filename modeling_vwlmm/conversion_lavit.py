@@ -171,10 +171,10 @@ def convert_lavit_checkpoint(source: str | Path, output: str | Path, num_attenti
 
 def _read(file: Path, names: dict) -> dict[str, torch.Tensor]:
     """The tensors of a file under our names. Queries, keys and values that stand in one matrix come apart."""
-    tensors = {}
+    tensors, unused = {}, []
     for name, tensor in read_bin(file):
         if name.startswith(UNUSED):
-            logger.info(f"{file} has {name}, which nothing reads. It is left out.")
+            unused.append(name)
             continue
         for pattern, replacement in names.items():
             name = re.sub(pattern, replacement, name)
@@ -183,6 +183,8 @@ def _read(file: Path, names: dict) -> dict[str, torch.Tensor]:
                 tensors[name.replace("qkv", part)] = rows.contiguous()
         else:
             tensors[name] = tensor
+    if unused:
+        logger.warning(f"{file} has tensors that the authors' code does not read. They are left out: {unused}")
     for name in [name for name in tensors if name.endswith(".q_bias")]:
         if name.replace("q_bias", "v_bias") not in tensors:
             raise ValueError(f"{file} has {name}, and no v_bias beside it. Was it downloaded to its end?")

@@ -82,13 +82,14 @@ def run_decoder(
     what comes next is predicted from there.
 
     Where nothing is cached, which is so in training, dropped positions are cut away and cost nothing: rows differ in
-    what they keep, and short ones share a row with others. Else they keep their slots, and are masked.
+    what they keep, and short ones share a row with others. Else they keep their slots, and are masked, also for what
+    reads the cache later: it remembers them.
 
     Args:
         decoder (`nn.Module`): The decoder.
         inputs_embeds (`torch.Tensor` of shape `[B, L, D]`): What it reads.
         is_kept (`torch.BoolTensor` of shape `[B, L]`, *optional*): The positions that are kept, if not all are.
-        attention_mask (`torch.Tensor` of shape `[B, L]`, *optional*): 0 where a position is padding.
+        attention_mask (`torch.Tensor` of shape `[B, cached + L]`, *optional*): 0 where a position is padding.
         position_ids (`torch.LongTensor` of shape `[B, L]`, *optional*): Of packed samples, else they are not used.
         past_key_values, use_cache, kwargs: As the decoder takes them.
 
@@ -98,20 +99,19 @@ def run_decoder(
     arguments = {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
     if use_cache is not None:
         arguments["use_cache"] = use_cache
-    if is_kept is None:
+    cached = getattr(past_key_values, "is_kept", None)  # [B, cached]
+    if is_kept is None and cached is None:
         return decoder(inputs_embeds=inputs_embeds, **arguments, **kwargs)
-    if attention_mask is not None:
-        if getattr(attention_mask, "shape", None) != is_kept.shape:
-            raise ValueError(
-                f"`attention_mask` is of another shape than {tuple(is_kept.shape)}, that of the tokens. Where image "
-                "tokens are dropped it has to say what is padding, `[B, L]`, and nothing can stand in a cache yet."
-            )
-        is_kept = is_kept & attention_mask.bool()
-    positions = count_positions(is_kept, position_ids)  # [B, L]
-    caches = use_cache or (use_cache is None and not decoder.training)
+    if is_kept is None:
+        is_kept = torch.ones(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
+    num_cached = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+    all_kept = _join(cached, num_cached, is_kept, attention_mask)  # [B, cached + L]
+    is_kept = all_kept[:, num_cached:]
+    positions = count_positions(all_kept, None if num_cached else position_ids)[:, num_cached:]  # [B, L]
+    caches = num_cached > 0 or use_cache or (use_cache is None and not decoder.training)
     if caches:
         check_attention_reaches_all(decoder.config)
-        arguments |= {"attention_mask": is_kept.long(), "position_ids": positions}
+        arguments |= {"attention_mask": all_kept.long(), "position_ids": positions}
         slots = torch.arange(is_kept.numel(), device=is_kept.device).view_as(is_kept)  # [B, L]
     else:
         slots, shape = _find_slots(is_kept, shares_rows=reads_packed_rows(decoder))  # [B, L], (B', L')
@@ -127,6 +127,8 @@ def run_decoder(
             # A cache, though it caches nothing, would tell the decoder that a row is one sample.
             arguments |= {"position_ids": positions, "past_key_values": None}
     outputs = decoder(inputs_embeds=inputs_embeds, **arguments, **kwargs)
+    if caches and outputs.past_key_values is not None:
+        outputs.past_key_values.is_kept = all_kept
     first = slots[:, :1]  # of each row of the batch
     last_kept = first + ((slots - first) * is_kept).cummax(dim=1).values  # [B, L]
 
@@ -138,6 +140,29 @@ def run_decoder(
     if outputs.hidden_states is not None:
         outputs.hidden_states = tuple(spread(hidden) for hidden in outputs.hidden_states)
     return outputs
+
+
+def _join(
+    cached: torch.Tensor | None, num_cached: int, is_kept: torch.Tensor, attention_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """What is kept of all positions, those in a cache before those that are read: `[B, cached + L]`."""
+    if cached is None:
+        cached = is_kept.new_ones(len(is_kept), num_cached)
+    if len(cached) != len(is_kept):
+        raise ValueError(
+            f"A cache of {len(cached)} rows is given for {len(is_kept)}, and which image tokens were dropped is known "
+            "of the former alone. Leave `past_key_values` out, or let `generate` handle it."
+        )
+    more = is_kept.new_ones(len(is_kept), max(num_cached - cached.shape[1], 0))  # read by others, who drop nothing
+    all_kept = torch.cat([cached[:, :num_cached].to(is_kept.device), more, is_kept], dim=1)
+    if attention_mask is None:
+        return all_kept
+    if getattr(attention_mask, "shape", None) != all_kept.shape:
+        raise ValueError(
+            f"`attention_mask` is of another shape than {tuple(all_kept.shape)}, that of the tokens, those in a cache "
+            "among them. Where image tokens are dropped it has to say what is padding, `[B, cached + L]`."
+        )
+    return all_kept & attention_mask.bool()
 
 
 def reads_packed_rows(decoder: nn.Module) -> bool:

@@ -79,7 +79,7 @@ class VWLMMCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):
 class VisualWordsOutput(ModelOutput):
     """
     token_ids (`torch.LongTensor` of shape `[I, N, top_k]`):
-        The most probable visual words of every image token, best first.
+        The most probable visual words of every image token, best first; -1 where it is dropped.
     probabilities (`torch.Tensor` of shape `[I, N, top_k]`):
         Their probabilities under the VM head.
     """

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .codebook_vwlmm import Codebook
-from .configuration_vwlmm import VWLMMVisualTokenizerConfig
+from .configuration_vwlmm import VWLMMVisualTokenizerConfig, check_fields
 from .vision_vwlmm import FrozenVisionTower, run_vision_tower
 
 
@@ -328,8 +328,10 @@ class VWLMMVisualTokenizer(FrozenVisionTower, PreTrainedModel):
 
         Raises:
             ValueError: If the tower has other tokens than patches and a class token.
+            TypeError: If a keyword is no field of the config.
         """
         dtype = config.pop("dtype", torch.float32)
+        check_fields(VWLMMVisualTokenizerConfig, config)
         if not isinstance(vision, PreTrainedModel):
             vision_config = AutoConfig.from_pretrained(vision)
             vision_config = getattr(vision_config, "vision_config", vision_config)  # of a whole CLIP or SigLIP

@@ -56,7 +56,11 @@ class WithVisualWords:
 
     @torch.no_grad()
     def get_visual_words(
-        self, pixel_values: torch.Tensor, top_k: int = 1, patch_boxes: torch.Tensor | None = None
+        self,
+        pixel_values: torch.Tensor,
+        top_k: int = 1,
+        patch_boxes: torch.Tensor | None = None,
+        keep_mask: torch.Tensor | None = None,
     ) -> VisualWordsOutput:
         """
         The most probable visual words of every image token, `argmax softmax(W_VM x)` (section 4.2), with their
@@ -65,43 +69,50 @@ class WithVisualWords:
         Args:
             pixel_values (`torch.Tensor` of shape `[I, 3, H, W]`): Preprocessed images.
             top_k (`int`, *optional*, defaults to 1): How many visual words to return for each image token.
-            patch_boxes (`torch.Tensor`, *optional*): As [`~VWLMMModel.get_image_features`] takes them.
+            patch_boxes, keep_mask (`torch.Tensor`, *optional*): As [`~VWLMMModel.get_image_features`] takes them.
 
         Returns:
-            [`VisualWordsOutput`] with `token_ids` and `probabilities`, both `[I, N, top_k]`.
+            [`VisualWordsOutput`] with `token_ids` and `probabilities`, both `[I, N, top_k]`: -1 and 0 where an image
+            token is dropped.
         """
-        images = self.get_image_features(pixel_values, patch_boxes=patch_boxes)
+        images = self.get_image_features(pixel_values, patch_boxes=patch_boxes, keep_mask=keep_mask)
         image_features = torch.stack(images.image_features)  # [I, N, D]
         vm_head, temperature = self.base_model.vm_head, self.config.visual_word_temperature
         # One image at a time: a distribution over the vocabulary is large.
         words = (get_distribution(vm_head, features, temperature) for features in image_features)  # I x [N, C]
         top = [distribution.topk(top_k) for distribution in words]  # I x [N, top_k]
-        return VisualWordsOutput(
-            token_ids=torch.stack([words.indices for words in top]),
-            probabilities=torch.stack([words.values for words in top]),
-        )
+        token_ids = torch.stack([words.indices for words in top])
+        probabilities = torch.stack([words.values for words in top])
+        if images.get("keep_mask") is not None:
+            is_dropped = ~images.keep_mask.unsqueeze(-1)  # [I, N, 1]
+            token_ids, probabilities = token_ids.masked_fill(is_dropped, -1), probabilities.masked_fill(is_dropped, 0)
+        return VisualWordsOutput(token_ids=token_ids, probabilities=probabilities)
 
     @torch.no_grad()
     def get_nearest_tokens(
-        self, pixel_values: torch.Tensor, patch_boxes: torch.Tensor | None = None
+        self,
+        pixel_values: torch.Tensor,
+        patch_boxes: torch.Tensor | None = None,
+        keep_mask: torch.Tensor | None = None,
     ) -> torch.LongTensor:
         """
         The token whose embedding is nearest to every image token by cosine (equation 3, figure 3c).
 
         Args:
             pixel_values (`torch.Tensor` of shape `[I, 3, H, W]`): Preprocessed images.
-            patch_boxes (`torch.Tensor`, *optional*): As [`~VWLMMModel.get_image_features`] takes them.
+            patch_boxes, keep_mask (`torch.Tensor`, *optional*): As [`~VWLMMModel.get_image_features`] takes them.
 
         Returns:
-            `torch.LongTensor` of shape `[I, N]`.
+            `torch.LongTensor` of shape `[I, N]`, -1 where an image token is dropped.
         """
-        image_features = self.get_image_features(pixel_values, patch_boxes=patch_boxes).image_features  # I x [N, D]
+        images = self.get_image_features(pixel_values, patch_boxes=patch_boxes, keep_mask=keep_mask)
+        image_features = images.image_features  # I x [N, D]
         embeddings = self.get_vocabulary_embeddings(image_features[0].device)  # [C, D]
         directions = F.normalize(embeddings.float(), dim=-1)  # [C, D]
         # The length of x_n does not move the argmax over j of cos(x_n, E_j).
-        return torch.stack(
-            [(features.to(directions) @ directions.T).argmax(dim=-1) for features in image_features]
-        )  # [I, N]
+        nearest = torch.stack([(features.to(directions) @ directions.T).argmax(dim=-1) for features in image_features])
+        keep_mask = images.get("keep_mask")  # [I, N]
+        return nearest if keep_mask is None else nearest.masked_fill(~keep_mask, -1)  # [I, N]
 
     def get_vocabulary_embeddings(self, device: torch.device) -> torch.Tensor:
         """The embeddings `E` of all tokens, as the decoder reads them: `[C, D]`."""

@@ -3,7 +3,9 @@
 """LaVIT: what its authors' code computes, image tokens that are dropped, conversion, and the codebook."""
 
 import json
+import logging
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -590,6 +592,40 @@ class TestDroppedPlaceholdersAreNotThere:
         for step, logits in enumerate(lavit.generate(**batch, **options).logits):
             assert_close(logits, expected[step], **CLOSE)
 
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_a_cache_remembers_what_was_dropped(self, lavit, golden, masked):
+        """In a loop of one's own, which knows placeholders alone: a prompt, two tokens, and a turn with an image."""
+        prompts = [ids_of(None, PROMPTS[0]), ids_of(None, PROMPTS[1])][: 2 if masked else 1]
+        turn = torch.tensor([ids_of(PROMPTS[1][:2], None, PROMPTS[0][:3])] * len(prompts))
+        batch = pad_left(prompts)
+        length = batch["input_ids"].shape[1]
+        images = torch.tensor([[0, 2], [1, 0]][: len(prompts)])  # in the prompt of each row, and in its turn
+        whole = {
+            "input_ids": torch.cat([batch["input_ids"], turn], dim=1),
+            "attention_mask": torch.cat([batch["attention_mask"], torch.ones_like(turn)], dim=1),
+            "pixel_values": golden["pixel_values"][images.flatten()],
+            "keep_mask": golden["sampled.keep_mask"].bool()[images.flatten()],
+        }
+        cache, found = None, []
+        with torch.no_grad():
+            expected = lavit(**whole, use_cache=False).logits
+            for begin, end in pairwise([0, length - 2, length - 1, length, whole["input_ids"].shape[1]]):
+                part = {"input_ids": whole["input_ids"][:, begin:end], "past_key_values": cache, "use_cache": True}
+                if masked:
+                    part["attention_mask"] = whole["attention_mask"][:, :end]
+                if begin in (0, length):
+                    chosen = images[:, int(begin == length)]
+                    part["pixel_values"] = golden["pixel_values"][chosen]
+                    part["keep_mask"] = golden["sampled.keep_mask"].bool()[chosen]
+                output = lavit(**part)
+                cache = output.past_key_values
+                found.append(output.logits)
+        kept = find_kept(whole)
+        assert_close(torch.cat(found, dim=1)[kept], expected[kept], **CLOSE)
+        if masked:
+            with pytest.raises(ValueError, match="A cache of 2 rows is given for 1"):
+                lavit(input_ids=turn[:1, :2], past_key_values=cache)
+
     @pytest.mark.parametrize("layout", ["one image", "an image that keeps nothing"])
     def test_prompt_lookup(self, lavit, decoder, golden, layout):
         batch = self.make_batch(golden, layout)
@@ -613,6 +649,16 @@ class TestDroppedPlaceholdersAreNotThere:
             with torch.no_grad():
                 logits = lavit.train(training)(**packed).logits
             assert_close(logits[is_kept], expected, **CLOSE)
+
+    def test_dropped_image_tokens_have_no_words(self, lavit, golden):
+        pixel_values, keep_mask = golden["pixel_values"][:2], golden["sampled.keep_mask"][:2].bool()
+        words = lavit.get_visual_words(pixel_values, top_k=2, keep_mask=keep_mask)
+        nearest = lavit.get_nearest_tokens(pixel_values, keep_mask=keep_mask)
+        assert torch.equal(words.token_ids[..., 1] >= 0, keep_mask) and torch.equal(nearest >= 0, keep_mask)
+        assert torch.equal(words.probabilities[..., 1] > 0, keep_mask)
+        features = torch.stack(list(lavit.get_image_features(pixel_values, keep_mask=keep_mask).image_features))
+        expected = lavit.model.vm_head(features[keep_mask]).argmax(dim=-1)
+        assert torch.equal(words.token_ids[keep_mask][:, 0], expected)
 
     @pytest.mark.parametrize("shape", [(1, 15), (2, 16), (16,)])
     def test_keep_mask_of_another_shape(self, lavit, golden, shape):
@@ -661,6 +707,19 @@ class TestBadInput:
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         with pytest.raises(ValueError, match="Leave `past_key_values` out: the prompt is read again"):
             lavit.generate(**batch, **ANSWER, past_key_values=first.past_key_values)
+
+    def test_keywords_that_are_no_fields(self):
+        text = str(SOURCE / "language_model")
+        for make, error in (
+            (lambda: VWLMMVisualTokenizer.from_vision_pretrained("tower", num_code=8), "you mean `num_codes`"),
+            (lambda: VWLMMForConditionalGeneration.from_visual_tokenizer("x", text, adaptor="mlp"), "mean `adapter`"),
+            (
+                lambda: VWLMMForConditionalGeneration.from_vision_text_pretrained("x", text, zzzz=1),
+                "nor anything else",
+            ),
+        ):
+            with pytest.raises(TypeError, match=error):
+                make()
 
     def test_another_tower(self, folder):
         fields = VWLMMConfig.from_pretrained(folder).to_dict()
@@ -857,6 +916,15 @@ class TestConversion:
         with pytest.raises(FileNotFoundError, match=named):
             convert_lavit_checkpoint(source, tmp_path / "output")
         assert not (tmp_path / "output").exists()
+
+    def test_what_is_left_out_is_named(self, source, tmp_path, caplog, monkeypatch):
+        monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+        monkeypatch.setattr("modeling_vwlmm.conversion_lavit.logger", logging.getLogger("transformers.conversion"))
+        file = source / "visual_tokenizer" / "tokenizer_encoder.bin"
+        torch.save({**torch.load(file, weights_only=True), "encoder.extra.weight": torch.zeros(2)}, file)
+        convert_lavit_checkpoint(source, tmp_path / "output")
+        assert f"{file} has tensors that the authors' code does not read. They are left out: [" in caplog.text
+        assert "'encoder.extra.weight'" in caplog.text
 
     def test_decoders_are_not_needed(self, source, tmp_path):
         for name in ("tokenizer_decoder.bin", "highres_tokenizer_decoder.bin"):

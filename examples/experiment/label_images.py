@@ -45,6 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
         batch = images[start : start + BATCH_SIZE]
         inputs = processor(images=[Image.open(args.image_folder / name) for _, name in batch], return_tensors="pt")
         ids = model.get_visual_words(**inputs.to(device)).token_ids[..., 0]  # [I, N]
+        ids = ids.masked_fill(ids < 0, -100)  # dropped image tokens learn nothing
         for (record, _), labels in zip(batch, ids.tolist(), strict=True):
             record["image_labels"].append(labels)
     args.output.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
