@@ -28,7 +28,7 @@ from reconstruct import draw, load, paint
 
 from modeling_vwlmm import VWLMMConfig, VWLMMForConditionalGeneration, VWLMMVisualTokenizer
 from modeling_vwlmm.training.denoisers import Pretrained, import_diffusers
-from modeling_vwlmm.training.reconstruction import get_conditions, get_normalization
+from modeling_vwlmm.training.reconstruction import get_conditions
 from processing_vwlmm import VWLMMProcessor
 
 
@@ -126,7 +126,7 @@ def measure_lengths(
 ) -> torch.Tensor:
     """The mean lengths of patch features at each place of images, by default of a plain one: `[N, 1]`."""
     if not images:
-        color = tuple(int(255 * value) for value in get_normalization(processor.image_processor)[0])
+        color = tuple(int(255 * value) for value in processor.image_processor.image_mean or (0.5, 0.5, 0.5))
         images = [Image.new("RGB", (tokenizer.config.vision_config.image_size,) * 2, color)]
     pixel_values = processor.image_processor(images, return_tensors="pt")["pixel_values"]  # [I, 3, H, W]
     features = tokenizer.encode_patches(pixel_values.to(tokenizer.device))  # [I, N, C]
@@ -175,8 +175,10 @@ def load_pipeline(name: str) -> Any:
     """
     diffusers = import_diffusers("`--pipeline`")
     vae, unet = Pretrained("AutoencoderKL", name, "vae"), Pretrained("UNet2DConditionModel", name, "unet")
-    # Only to read what its class is.
-    scheduler = diffusers.EulerDiscreteScheduler.load_config(name, subfolder="scheduler")
+    try:  # only to read what its class is
+        scheduler = diffusers.EulerDiscreteScheduler.load_config(name, subfolder="scheduler")
+    except OSError as error:
+        raise OSError(f"{name!r} has a VAE and a U-Net, and no scheduler: {error} Name a whole pipeline.") from error
     return diffusers.StableDiffusionXLPipeline(
         vae=vae.load(use_safetensors=None),  # the authors' release may have none
         unet=unet.load(use_safetensors=None),

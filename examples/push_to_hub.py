@@ -7,8 +7,8 @@ Publishes a checkpoint on the Hugging Face Hub, with a model card. Log in first,
         --datasets liuhaotian/LLaVA-Pretrain liuhaotian/LLaVA-Instruct-150K --metrics results.json
 
 `--dry_run` writes the card and lists the files, and uploads nothing. Modules that objectives have trained beside the
-model stay at home, unless `--with_training_modules` sends them along for who wants to train on. `results.json` is what
-lmms-eval writes, or a list:
+model stay at home, unless `--with_training_modules` sends them along for who wants to train on; without it those of an
+earlier upload are deleted, for they are of other weights. `results.json` is what lmms-eval writes, or a list:
 
     [{"dataset_type": "lmms-lab/POPE", "dataset_name": "POPE", "metric_type": "accuracy", "metric_value": 0.875}]
 """

@@ -168,10 +168,11 @@ class SAPerceiver(nn.Module):
                 f"`num_patches` is {num_patches}, of {len(snapshot)} snapshots and {len(patches)} patches; expected a "
                 "number for each snapshot, one at least, that sum to the patches."
             )
-        if patch_boxes.shape != (len(patches), 4):
+        if getattr(patch_boxes, "shape", None) != (len(patches), 4):
+            found = getattr(patch_boxes, "shape", None) or type(patch_boxes).__name__
             raise ValueError(
-                f"`patch_boxes` has shape {tuple(patch_boxes.shape)}; expected {(len(patches), 4)}, a box for each "
-                "patch and none for snapshots."
+                f"`patch_boxes` is {found}; expected a tensor of shape {(len(patches), 4)}, a box for each patch and "
+                "none for snapshots."
             )
         tokens = torch.cat([snapshot, self.query.expand(len(snapshot), 1, -1)], dim=1)  # [I, N + 1, W]
         keys = self.w_kv(self.norm_patches(patches))  # [M, N, W]

@@ -49,9 +49,10 @@ def split_patches(patch_features: torch.Tensor, patch_boxes: torch.Tensor) -> tu
             patches, or a box is none.
     """
     num_rows = len(patch_features)
-    if patch_boxes.shape != (num_rows, 4):
+    if getattr(patch_boxes, "shape", None) != (num_rows, 4):
+        found = getattr(patch_boxes, "shape", None) or type(patch_boxes).__name__
         raise ValueError(
-            f"`patch_boxes` has shape {tuple(patch_boxes.shape)}, and `pixel_values` {num_rows} rows; expected "
+            f"`patch_boxes` is {found}, and `pixel_values` has {num_rows} rows; expected a tensor of shape "
             f"{(num_rows, 4)}, a box for each row. Pass both as the processor returns them, and cut neither."
         )
     patch_boxes = patch_boxes.to(patch_features.device)

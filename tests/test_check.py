@@ -167,5 +167,5 @@ def test_memory(dry_run):
 def test_what_does_not_fit_is_refused_before_samples_are_read(dry_run, monkeypatch):
     monkeypatch.setattr("check.VWLMMDataCollator.__call__", lambda *_: pytest.fail("reads samples"))
     reconstruction = {"vae": "examples/small_world/vae", "size": 66}
-    with pytest.raises(ValueError, match="66"):
+    with pytest.raises(ValueError, match="66 pixels"):
         dry_run("--visual_objective", json.dumps({"reconstruction": reconstruction}))

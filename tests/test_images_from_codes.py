@@ -5,6 +5,7 @@
 reads what the tokenizer's decoder makes, and what does not fit together is refused.
 """
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -207,6 +208,11 @@ class TestPipeline:
         monkeypatch.setattr("diffusers.__version__", "0.41.2")
         with pytest.raises(ImportError, match=r"needs diffusers 0.42 or later, and 0.41.2 is installed. Install it"):
             images_from_codes.main([str(lavit), "a", "--pipeline", "x"])
+
+    def test_pipeline_without_a_scheduler(self, sdxl, lavit, tmp_path):
+        shutil.copytree(sdxl, tmp_path / "sdxl", ignore=shutil.ignore_patterns("scheduler"))
+        with pytest.raises(OSError, match="has a VAE and a U-Net, and no scheduler: .* Name a whole pipeline"):
+            images_from_codes.main([str(lavit), "a", "--pipeline", str(tmp_path / "sdxl")])
 
     def test_folder_of_no_pipeline(self, lavit, tmp_path):
         with pytest.raises(OSError, match="There is no AutoencoderKL under .*, neither in the folder itself nor"):

@@ -451,8 +451,9 @@ class TestModel:
         for num_patches in ([1, 2], [4], [4, 0]):
             with pytest.raises(ValueError, match=rf"is \{num_patches}, of 2 snapshots and 4 patches; expected"):
                 perceiver(snapshots, patches, boxes, num_patches)
-        with pytest.raises(ValueError, match=r"`patch_boxes` has shape \(3, 4\); expected \(4, 4\)"):
-            perceiver(snapshots, patches, boxes[1:], [1, 3])
+        for wrong, found in ((boxes[1:], r"torch.Size\(\[3, 4\]\)"), (boxes.tolist(), "list"), (None, "NoneType")):
+            with pytest.raises(ValueError, match=rf"`patch_boxes` is {found}; expected a tensor of shape \(4, 4\)"):
+                perceiver(snapshots, patches, wrong, [1, 3])
 
     def test_order_of_patches(self, model, processor):
         """It is nothing but the boxes that says where a patch is."""

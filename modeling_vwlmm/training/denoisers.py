@@ -244,7 +244,7 @@ class Pretrained:
                 raise self._explain(other) from other
         found = self.config.get("_class_name")
         if found != class_name:
-            raise ValueError(f"{self.name} is a {found}; expected a {class_name}. Name another in the objective.")
+            raise ValueError(f"{self.name} is a {found}; expected a {class_name}. Name another.")
 
     def load(self, dtype: torch.dtype = torch.float32, use_safetensors: bool | None = True) -> nn.Module:
         """
