@@ -41,6 +41,7 @@ RUNS = {
 }
 if importlib.util.find_spec("diffusers") is not None:
     RUNS["reconstruction"] = (2, False, {"reconstruction": {"vae": "vae"}})  # beside the data
+    RUNS["vlsa"] = (2, False, {"reconstruction": {"vae": "vae"}})  # whose tower and perceiver learn, of patches
 # Those that train a module beside the model's own are resumed, too.
 RESUMED = "labels_and_features"
 FSDP = {
@@ -82,13 +83,15 @@ def leave_out_answers_about_images(dataset: Dataset) -> Dataset:
 
 def make_trainer(checkpoint: str, data: str, output: str, name: str) -> InOrderTrainer:
     stage, use_pseudo_image_features, visual_objective = RUNS[name]
-    if name == "reconstruction":
-        visual_objective = {name: {option: str(Path(data, path)) for option, path in visual_objective[name].items()}}
+    if "reconstruction" in (visual_objective or ()):
+        visual_objective = {"reconstruction": {"vae": str(Path(data, "vae"))}}
+    is_vlsa = name == "vlsa"
     dataset = load_from_disk(data)
     if name == "images_without_text":
         dataset = leave_out_answers_about_images(dataset)
     args = VWLMMTrainingArguments(
         f"{output}/run_{name}",
+        method="vlsa" if is_vlsa else "vw-lmm",
         stage=stage,
         visual_objective=visual_objective,
         chat_template="vicuna_v1",
@@ -111,12 +114,14 @@ def make_trainer(checkpoint: str, data: str, output: str, name: str) -> InOrderT
     )
     return InOrderTrainer(
         model=VWLMMForConditionalGeneration.from_pretrained(
-            checkpoint, use_pseudo_image_features=use_pseudo_image_features
+            checkpoint,
+            use_pseudo_image_features=use_pseudo_image_features,
+            **({"adapter": "sa_perceiver"} if is_vlsa else {}),
         ),
         args=args,
         train_dataset=dataset,
         eval_dataset=load_from_disk(data).select([0, 2]),  # one process has an image, the other text only
-        processing_class=VWLMMProcessor.from_pretrained(checkpoint),
+        processing_class=VWLMMProcessor.from_pretrained(checkpoint, **({"max_patches": 4} if is_vlsa else {})),
         # With momentum, because FSDP cannot resume an optimizer without a state.
         optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
     )
@@ -259,8 +264,8 @@ def test_two_processes_take_the_steps_of_one(request, vicuna, data, alone, tmp_p
     for name in RUNS:
         # Whatever ran, it was this.
         assert logs[name][0]["wrapped"].startswith(wrapper)
-        # Two steps, in which one process has text only: it runs the tower where the tower's weights are sharded.
-        assert logs[name][0]["tower_calls"] == [2, 2 if is_sharded else 0]
+        # Two steps, in which one process has text only: it runs the tower where that is sharded, or learns.
+        assert logs[name][0]["tower_calls"] == [2, 2 if is_sharded or name == "vlsa" else 0]
         assert expected[name][0]["tower_calls"] == [2]
         for entry, other in zip(logs[name], expected[name], strict=True):
             metrics = {m for m in other if m.endswith(("loss", "positions", "entropy", "cosine", "_grad_norm"))}
@@ -307,9 +312,10 @@ def test_the_steps_change_something(vicuna, alone):
     before = load_file(f"{vicuna}/model.safetensors")
     for name, (stage, _, objective) in RUNS.items():
         after = load_file(alone / name / "model.safetensors")
-        changed = {tensor for tensor, value in after.items() if not torch.equal(value, before[tensor])}
+        changed = {n for n, value in after.items() if n not in before or not torch.equal(value, before[n])}
         assert ("model.vm_head.weight" in changed) == (stage == 3)
-        assert ("lm_head.weight" in changed) == (stage != 3)
+        assert ("lm_head.weight" in changed) == (stage != 3 and name != "vlsa")
+        assert any(n.startswith("model.vision_tower.") for n in changed) == (name == "vlsa")
         trained, fresh = (
             {n: v for n, v in all_tensors(alone / folder).items() if n.startswith("features: ")}
             for folder in (name, f"run_{RESUMED}/checkpoint-1")
