@@ -16,13 +16,13 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
+from accelerate.utils import patch_environment
 from check import CheckingReader, check, make_model, make_model_with_tokenizer, make_tokenizer
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedModel, set_seed
-from transformers.integrations import deepspeed
+from transformers.integrations import unset_hf_deepspeed_config
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from modeling_vwlmm import (
@@ -214,7 +214,7 @@ def add_image_codes(
             "a `model_name_or_path` that has one."
         )
     cls = VWLMMVisualTokenizer if name is None else VWLMMForConditionalGeneration
-    with load_whole():
+    with load_whole(training_args):
         model = cls.from_pretrained(source).eval().to(training_args.device)
     tokenizer = model if name is None else model.model.visual_tokenizer
     if tokenizer is None:
@@ -233,17 +233,15 @@ def add_image_codes(
 
 
 @contextlib.contextmanager
-def load_whole() -> Iterator[None]:
+def load_whole(training_args: VWLMMTrainingArguments) -> Iterator[None]:
     """What is loaded meanwhile is whole in each process, whatever shards the model that trains."""
-    # Private: there is no public way to ask what was set.
-    config = deepspeed._hf_deepspeed_config_weak_ref and deepspeed._hf_deepspeed_config_weak_ref()
-    deepspeed.unset_hf_deepspeed_config()
+    unset_hf_deepspeed_config()
     try:
-        with mock.patch.dict(os.environ, {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}):
+        with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
             yield
     finally:
-        if config:
-            deepspeed.set_hf_deepspeed_config(config)
+        if training_args.deepspeed_plugin is not None:
+            training_args.deepspeed_plugin.set_deepspeed_weakref()
 
 
 def read_adapter(script_args: ScriptArguments) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Cache, PreTrainedConfig
+from transformers.generation import CandidateGenerator
 
 from .adapters_vwlmm import selects_tokens
 from .placeholders_vwlmm import find_placeholders
@@ -100,9 +101,12 @@ def run_decoder(
     if use_cache is not None:
         arguments["use_cache"] = use_cache
     cached = getattr(past_key_values, "is_kept", None)  # [B, cached]
-    if is_kept is None and cached is None:
-        return decoder(inputs_embeds=inputs_embeds, **arguments, **kwargs)
     if is_kept is None:
+        # For a static cache `generate` makes the whole mask itself, and of a prompt it has masked what is dropped.
+        is_given = attention_mask is not None and position_ids is not None
+        is_prepared = is_given and getattr(attention_mask, "ndim", None) != 2
+        if cached is None or is_prepared or past_key_values.get_seq_length() == 0:
+            return decoder(inputs_embeds=inputs_embeds, **arguments, **kwargs)
         is_kept = torch.ones(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
     num_cached = 0 if past_key_values is None else int(past_key_values.get_seq_length())
     all_kept = _join(cached, num_cached, is_kept, attention_mask)  # [B, cached + L]
@@ -211,7 +215,27 @@ class GeneratesFromKeptTokens:
         if model_kwargs.get("attention_mask") is not None:  # which `generate` leaves out where nothing is padding
             is_kept = is_kept & model_kwargs["attention_mask"].bool()
         images["keep_mask"] = None  # what it says is in the mask from here on
-        return model_kwargs | {"attention_mask": is_kept.long(), "position_ids": count_positions(is_kept)}
+        masked = {"attention_mask": is_kept.long(), "position_ids": count_positions(is_kept)}
+        return model_kwargs | masked | {"is_kept": is_kept}
+
+    def prepare_inputs_for_generation(
+        self,
+        *args: Any,
+        inputs_embeds: torch.Tensor | None = None,
+        is_kept: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """See `GenerationMixin`. `is_kept`, of the prompt, `[B, L]`, is for who reads the cache later."""
+        # Named, for `generate` takes embeddings from whoever names them.
+        inputs = super().prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)
+        if is_kept is not None and inputs.get("past_key_values") is not None:
+            inputs["past_key_values"].is_kept = is_kept
+        return inputs
+
+    def _get_candidate_generator(self, model_kwargs: dict[str, Any], **kwargs: Any) -> CandidateGenerator:
+        # Private, as in the model: an assistant refuses what it does not know.
+        model_kwargs = {name: value for name, value in model_kwargs.items() if name != "is_kept"}
+        return super()._get_candidate_generator(model_kwargs=model_kwargs, **kwargs)
 
     def _check_cache(self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
         cache = model_kwargs.get("past_key_values")

@@ -12,6 +12,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import few_shot
+import test_lavit_training as lavit
 
 
 SHADES = (0, 60, 120, 180, 240)
@@ -53,6 +54,30 @@ def test_the_most_alike_stand_nearest_to_the_question(model, processor, world, m
     nearest_first = sorted(features, key=lambda image: -float(own @ features[image]))
     assert images[:-1] == nearest_first[:shots][::-1]
     assert not shots or images[-2] == records[0]["image"]
+
+
+@pytest.mark.parametrize("drops", [False, True], ids=["all_tokens", "kept_tokens"])
+def test_eight_examples_fit_or_are_refused(model, processor, world, monkeypatch, drops):
+    """Of an image the tokens that are kept take room, and no others."""
+    records, examples = world[0], world[1] * 2
+    if drops:
+        tokenizer = lavit.make_tokenizer(selection="threshold", threshold=1.0, min_tokens=2)
+        model, processor = lavit.make_model(tokenizer).eval(), lavit.make_processor(tokenizer)
+    lengths = []
+    hook = model.model.language_model.layers[0].self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(int(kwargs["position_embeddings"][0].shape[1])), with_kwargs=True
+    )
+    monkeypatch.setattr(model.config.text_config, "max_position_embeddings", 10_000)
+    few_shot.answer_with_examples(model, processor, records, examples, 8)
+    hook.remove()
+    # Slots, those of 14 of the 16 tokens of each of nine images left out where they are dropped.
+    longest = lengths[0] - (9 * 14 if drops else 0)
+    monkeypatch.setattr(model.config.text_config, "max_position_embeddings", longest)
+    few_shot.answer_with_examples(model, processor, records, examples, 8)
+    monkeypatch.setattr(model.config.text_config, "max_position_embeddings", longest - 1)
+    with pytest.raises(ValueError, match=f"{longest} tokens, and the model reads {longest - 1} at most"):
+        few_shot.answer_with_examples(model, processor, records, examples, 8)
+    few_shot.answer_with_examples(model, processor, records, examples, 7)
 
 
 def test_an_example_is_the_first_question_of_an_image(tmp_path):

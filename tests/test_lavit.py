@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from test_generation import CHUNKS_IMAGES
 from test_hub import run_without_package
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, MistralConfig, set_seed
+from transformers import AutoModelForCausalLM, MistralConfig, StaticCache, set_seed
 
 from modeling_vwlmm import VWLMMForConditionalGeneration
 from modeling_vwlmm.codebook_vwlmm import Codebook
@@ -626,6 +626,32 @@ class TestDroppedPlaceholdersAreNotThere:
             with pytest.raises(ValueError, match="A cache of 2 rows is given for 1"):
                 lavit(input_ids=turn[:1, :2], past_key_values=cache)
 
+    @pytest.mark.parametrize("way", [way for way in WAYS if way in ("greedy", "static_cache", "chunked_prefill")])
+    @pytest.mark.parametrize("num_new", [1, 4])
+    def test_a_cache_of_generate_remembers_what_was_dropped(self, lavit, golden, way, num_new):
+        """In a loop of one's own behind it, which counts slots."""
+        batch = self.make_batch(golden, "left padding")
+        options = {"max_new_tokens": num_new, "min_new_tokens": num_new, "do_sample": False, "pad_token_id": 0}
+        if way == "static_cache":  # with room for what comes behind
+            options["past_key_values"] = StaticCache(lavit.config.text_config, max_cache_len=64)
+        else:
+            options |= WAYS[way]
+        output = lavit.generate(**batch, **options, return_dict_in_generate=True)
+        num_cached = int(output.past_key_values.get_seq_length())
+        turn = torch.tensor([PROMPTS[1]] * 2)
+        ids = torch.cat([output.sequences, turn], dim=1)
+        new = ids.shape[1] - batch["input_ids"].shape[1]
+        whole = {**batch, "input_ids": ids, "attention_mask": F.pad(batch["attention_mask"], (0, new), value=1)}
+        begin, cache = num_cached, output.past_key_values
+        with torch.no_grad():
+            expected = lavit(**whole, use_cache=False).logits
+            for end in range(begin + 1, ids.shape[1]):
+                part = {"input_ids": ids[:, begin:end], "attention_mask": whole["attention_mask"][:, :end]}
+                positions = torch.arange(begin, end).expand(2, -1)
+                logits = lavit(**part, position_ids=positions, past_key_values=cache).logits
+                assert_close(logits, expected[:, begin:end], **CLOSE)
+                begin = end
+
     @pytest.mark.parametrize("layout", ["one image", "an image that keeps nothing"])
     def test_prompt_lookup(self, lavit, decoder, golden, layout):
         batch = self.make_batch(golden, layout)
@@ -659,6 +685,16 @@ class TestDroppedPlaceholdersAreNotThere:
         features = torch.stack(list(lavit.get_image_features(pixel_values, keep_mask=keep_mask).image_features))
         expected = lavit.model.vm_head(features[keep_mask]).argmax(dim=-1)
         assert torch.equal(words.token_ids[keep_mask][:, 0], expected)
+
+    def test_generate_from_embeddings(self, lavit, decoder, golden):
+        compact = self.make_compact(lavit, self.make_batch(golden, "left padding"))
+        options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+        assert torch.equal(lavit.generate(**compact, **options), decoder.generate(**compact, **options))
+
+    def test_assisted_decoding(self, lavit, decoder, golden):
+        batch, options = self.make_batch(golden, "one image"), {"max_new_tokens": 8, "do_sample": False}
+        expected = lavit.generate(**batch, **options)
+        assert torch.equal(lavit.generate(**batch, **options, assistant_model=decoder), expected)
 
     @pytest.mark.parametrize("shape", [(1, 15), (2, 16), (16,)])
     def test_keep_mask_of_another_shape(self, lavit, golden, shape):

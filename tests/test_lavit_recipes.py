@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import DeepSpeedPlugin
 from conftest import BY_HAND, GOLDEN, make_image, tiny_text, tiny_vision
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, CLIPImageProcessor
+from transformers.integrations import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
-from modeling_vwlmm import VWLMMForConditionalGeneration, VWLMMTrainer, VWLMMVisualTokenizer
+from modeling_vwlmm import VWLMMForConditionalGeneration, VWLMMTrainer, VWLMMTrainingArguments, VWLMMVisualTokenizer
 from modeling_vwlmm.codebook_vwlmm import Codebook
 from modeling_vwlmm.training import TrainingDiverged, TrainingInterrupted
 from modeling_vwlmm.training.stages import LAVIT_STAGES, set_trainable_parameters
@@ -177,6 +179,25 @@ def test_codes_before_training(run_recipe, interrupted, monkeypatch):
 def test_codes_before_training_need_a_tokenizer(run_recipe, parts):
     with pytest.raises(ValueError, match="there is no tokenizer to make codes of images"):
         run_recipe(2, "run", tokenize_images=True, vision_tower=str(parts / "tower"))
+
+
+def test_what_makes_codes_is_loaded_whole(monkeypatch, tmp_path):
+    """Whatever shards the model that trains, which is sharded as before behind it."""
+    pytest.importorskip("deepspeed")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    zero3 = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}
+    args = VWLMMTrainingArguments(str(tmp_path), method="lavit", stage=2, **BY_HAND)
+    monkeypatch.setattr(args, "deepspeed_plugin", DeepSpeedPlugin(hf_ds_config=zero3))
+    args.deepspeed_plugin.set_deepspeed_weakref()
+    try:
+        with pytest.raises(KeyError), train.load_whole(args):
+            assert not is_deepspeed_zero3_enabled()
+            assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
+            raise KeyError
+        assert is_deepspeed_zero3_enabled()
+        assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
+    finally:
+        unset_hf_deepspeed_config()
 
 
 class TestDryRun:
