@@ -422,7 +422,7 @@ MUTANTS = [
     Mutant(
         "dropped image tokens stay visible in a cache",
         DROPPING,
-        'arguments |= {"attention_mask": is_kept.long(), "position_ids": positions}',
+        'arguments |= {"attention_mask": all_kept.long(), "position_ids": positions}',
         'arguments |= {"position_ids": positions}',
         "test_lavit.py::Dropped",
     ),

@@ -866,7 +866,7 @@ class TestPicture:
             reconstruct.load(str(tmp_path))
 
     def test_originals_are_what_the_processor_reads(
-        self, reconstruct, make_trainer, model, processor, options, tmp_path
+        self, reconstruct, make_trainer, model, processor, options, tmp_path, monkeypatch
     ):
         """What is transparent lies on white, and pixels are those of a processor that does not normalise, too."""
         trainer = make_trainer(options)
@@ -875,7 +875,7 @@ class TestPicture:
         files = [str(tmp_path / "nothing.png"), "-o", str(tmp_path / "picture.png")]
         reconstruct.main([str(tmp_path / "saved"), *files, "--steps", "1"])
         assert min(Image.open(tmp_path / "picture.png").getpixel((14, 14))) >= 254
-        processor.image_processor.do_normalize = False
+        monkeypatch.setattr(processor.image_processor, "do_normalize", False)
         image = Image.new("RGB", (28, 28), (51, 102, 255))
         (original, *_) = reconstruct.reconstruct(model.eval(), processor, [image], num_steps=1)[0]
         assert_close(original.mean(dim=(1, 2)), torch.tensor([-0.6, -0.2, 1.0]), atol=1e-5, rtol=0)

@@ -478,8 +478,15 @@ class TestModel:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            (lambda boxes: boxes[:-1], r"shape \(4, 4\), and `pixel_values` 5 rows; expected \(5, 4\)"),
-            (lambda boxes: boxes[:, :3], r"shape \(5, 3\), and `pixel_values` 5 rows; expected \(5, 4\)"),
+            (
+                lambda boxes: boxes[:-1],
+                r"\[4, 4\]\), and `pixel_values` has 5 rows; expected a tensor of shape \(5, 4",
+            ),
+            (
+                lambda boxes: boxes[:, :3],
+                r"\[5, 3\]\), and `pixel_values` has 5 rows; expected a tensor of shape \(5, 4",
+            ),
+            (lambda boxes: boxes.tolist(), "`patch_boxes` is list, and `pixel_values` has 5 rows; expected a tensor"),
             (lambda boxes: boxes.roll(-1, 0), "Row 0 of `patch_boxes` is .*; expected zeros.*snapshot"),
             (lambda boxes: boxes * torch.tensor([1, 1, 1, 1, 0])[:, None], "Row 4 .* with no patch behind it"),
             (lambda boxes: boxes * 0, "Row 0 .* with no patch behind it.*Leave `patch_boxes` out"),
