@@ -114,9 +114,7 @@ def make_trainer(checkpoint: str, data: str, output: str, name: str) -> InOrderT
     )
     return InOrderTrainer(
         model=VWLMMForConditionalGeneration.from_pretrained(
-            checkpoint,
-            use_pseudo_image_features=use_pseudo_image_features,
-            **({"adapter": "sa_perceiver"} if is_vlsa else {}),
+            str(Path(data, "vlsa")) if is_vlsa else checkpoint, use_pseudo_image_features=use_pseudo_image_features
         ),
         args=args,
         train_dataset=dataset,
@@ -188,8 +186,8 @@ def shard_on_cpu() -> None:
 
 
 @pytest.fixture(scope="module")
-def data(dataset, tmp_path_factory) -> str:
-    """Two steps of two pairs of samples: with images, text only; two images and one, text only."""
+def data(dataset, vicuna, tmp_path_factory) -> str:
+    """Two steps of two pairs of samples: with images, text only; two images and one, text only. And models beside."""
     folder = tmp_path_factory.mktemp("distributed") / "data"
     samples: Dataset = dataset.select([0, 3, 1, 6, 2, 5, 6, 1])
     # A label for two image tokens of three.
@@ -200,6 +198,8 @@ def data(dataset, tmp_path_factory) -> str:
     samples.add_column("image_labels", labels, feature=List(List(Value("int64")))).save_to_disk(folder)
     if "reconstruction" in RUNS:
         make_vae(folder / "vae")
+        # Saved, for where weights are sharded as they are made a new perceiver draws others.
+        VWLMMForConditionalGeneration.from_pretrained(vicuna, adapter="sa_perceiver").save_pretrained(folder / "vlsa")
     return str(folder)
 
 
