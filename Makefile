@@ -29,7 +29,8 @@ fuzz: $(VENV)/installed
 
 # What takes long: 50 kills at random moments of the four stages, and every stage on every layout. Prints its figures.
 test-long: $(VENV)/installed
-	OMP_NUM_THREADS=1 LONG=1 KILLS=50 $(VENV)/bin/python -m pytest tests/test_kills.py tests/test_layouts.py -s
+	OMP_NUM_THREADS=1 LONG=1 KILLS=50 $(VENV)/bin/python -m pytest tests/test_kills.py tests/test_layouts.py \
+		tests/test_distributed.py -s
 
 # Changes to the code that the tests have to notice.
 mutants: $(VENV)/installed

@@ -18,7 +18,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, gather_object
-from conftest import make_image, make_vae
+from conftest import LONG, make_image, make_vae
 from datasets import Dataset, List, Value, load_from_disk
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -251,7 +251,7 @@ def alone(vicuna, data, tmp_path_factory):
     [
         ({}, "DistributedDataParallel", False),
         (FSDP, "FSDPVWLMM", True),
-        ({**ZERO3, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, "DeepSpeedEngine", False),
+        pytest.param({**ZERO3, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, "DeepSpeedEngine", False, marks=LONG),
         (ZERO3, "DeepSpeedEngine", True),
     ],
     ids=["ddp", "fsdp2", "zero2", "zero3"],

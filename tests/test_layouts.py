@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import gather_object
-from conftest import GOLDEN
+from conftest import GOLDEN, LONG
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from safetensors.torch import load_file
 from test_distributed import FSDP, ZERO3, run_python, shard_on_cpu
@@ -42,7 +42,6 @@ MODES = {
     "dropped": {"dataloader_drop_last": True},
 }
 ZERO2 = {**ZERO3, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
-LONG = pytest.mark.skipif("LONG" not in os.environ, reason="takes minutes: `make test-long`")
 SHARDINGS = {"ddp": {}, "fsdp2": FSDP, "zero2": ZERO2, "zero3": ZERO3}
 
 
@@ -271,8 +270,9 @@ def perceiving_alone(perceiving, data, tmp_path_factory) -> Path:
     return folder
 
 
+# On data parallel processes `test_distributed` has one.
 @pytest.mark.parametrize(
-    "sharding", ["ddp", "fsdp2", pytest.param("zero3", marks=LONG), pytest.param("zero2", marks=LONG)]
+    "sharding", ["fsdp2", *(pytest.param(name, marks=LONG) for name in ("ddp", "zero2", "zero3"))]
 )
 def test_images_of_any_number_of_patches(perceiving, data, perceiving_alone, tmp_path, sharding):
     """Also where one process has texts alone."""
