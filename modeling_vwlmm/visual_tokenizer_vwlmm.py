@@ -323,8 +323,8 @@ class VWLMMVisualTokenizer(FrozenVisionTower, PreTrainedModel):
 
         Args:
             vision (`str` or `PreTrainedModel`): The tower, or its name or path: CLIP, SigLIP, DINOv2, BLIP-2's EVA ...
-            config: What else [`VWLMMVisualTokenizerConfig`] takes, and `dtype`, by default fp32. So is the tower,
-                or what was learned in fp32 would be loaded in the tower's.
+            config: What else [`VWLMMVisualTokenizerConfig`] takes, and `dtype`, by default fp32, or `"auto"` for the
+                tower's. All but the codes, which stay in fp32, has it: a folder is loaded in one.
 
         Raises:
             ValueError: If the tower has other tokens than patches and a class token.
@@ -341,7 +341,9 @@ class VWLMMVisualTokenizer(FrozenVisionTower, PreTrainedModel):
         config = {"vision_feature_select_strategy": "default" if has_class_token else "full", **config}
         model = cls(VWLMMVisualTokenizerConfig(vision_config=vision.config, **config))
         model.vision_tower.load_state_dict(vision.state_dict())
-        return model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        dtype = vision.dtype if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        model.to(dtype).quantizer.float()
+        return model
 
     def freeze_encoders(self) -> None:
         """Freezes the vision tower."""

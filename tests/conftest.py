@@ -170,7 +170,7 @@ def tiny_text(kind: str, **overrides):
     return AutoModelForCausalLM.from_config(configs[kind]())
 
 
-LONG = pytest.mark.skipif("LONG" not in os.environ, reason="takes minutes: `make test-long`")
+LONG = pytest.mark.skipif("LONG" not in os.environ, reason="only in `make test-long`")
 # Where diffusers can be installed it has to be: without it these tests fail.
 needs_diffusers = pytest.mark.skipif(sys.version_info < (3, 11), reason="diffusers 0.42 needs Python 3.11")
 

@@ -457,8 +457,8 @@ MUTANTS = [
     Mutant(
         "a visual tokenizer is loaded in the dtype of its tower",
         "visual_tokenizer_vwlmm.py",
-        "return model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)",
-        "return model",
+        "        model.to(dtype).quantizer.float()\n",
+        "",
         "test_lavit_training.py::half_precision",
     ),
     Mutant(

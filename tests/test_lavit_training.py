@@ -190,6 +190,12 @@ class TestTokenizer:
         loaded = VWLMMVisualTokenizer.from_pretrained(tmp_path / "tokenizer").state_dict()
         assert all(torch.equal(loaded[name], tensor) for name, tensor in tokenizer.state_dict().items())
 
+    @pytest.mark.parametrize(("dtype", "expected"), [("auto", torch.float16), ("bfloat16", torch.bfloat16)])
+    def test_codes_are_in_full_precision_whatever_the_rest_is(self, dtype, expected):
+        tokenizer = VWLMMVisualTokenizer.from_vision_pretrained(tiny_vision("clip").half(), dtype=dtype, **TOKENIZER)
+        assert {parameter.dtype for parameter in tokenizer.parameters()} == {expected}
+        assert tokenizer.quantizer.embedding.dtype == torch.float32
+
     def test_a_model_of_another_dtype_is_loaded_as_it_was_assembled(self, tmp_path):
         tokenizer = make_tokenizer(selection="top_k")
         model = VWLMMForConditionalGeneration.from_visual_tokenizer(tokenizer, tiny_text("llama").bfloat16())
