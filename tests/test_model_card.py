@@ -17,6 +17,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -407,6 +408,12 @@ class TestCard:
         for records, paper in papers.items():
             card = make_model_card(VWLMMConfig(trained_stages=list(records)), "me/vwlmm")
             assert re.findall(r"by the method of \[[^]]+\]\(https://[^)]+\) (\(.*\)), which", card.text) == [paper]
+
+    def test_a_run_cites_the_paper_of_its_method(self):
+        """As TRL's card does, by its number on arXiv; one that has none is not cited as another."""
+        for method, number in (("vw-lmm", "2403.07720"), ("lavit", "2309.04669"), ("vlsa", None)):
+            run = SimpleNamespace(args=SimpleNamespace(method=method))
+            assert VWLMMTrainer._paper.fget(run).get("id") == number
 
     @pytest.mark.parametrize("local", ["models/llm", "/models/llm", "./models/llm", "a/models/llm", "llm", ""])
     def test_local_paths_are_no_base_models(self, local, tmp_path, monkeypatch):

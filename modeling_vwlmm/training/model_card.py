@@ -5,6 +5,7 @@
 import json
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,26 +29,41 @@ MODULES = {
     VISION_TOWER: "vision tower",
 }
 
-# Of each method: its name, its paper as TRL's cards cite it, and what it is.
+
+@dataclass(frozen=True)
+class Paper:
+    """
+    Args:
+        name (`str`): What its method is called.
+        title, url (`str`): Of the paper.
+        gist (`str`): What the method does, as the end of a sentence.
+    """
+
+    name: str
+    title: str
+    url: str
+    gist: str
+
+
 PAPERS = {
-    "vw-lmm": {"title": "Multi-modal Auto-regressive Modeling via Visual Words", "id": "2403.07720"},
-    "lavit": {
-        "title": "Unified Language-Vision Pretraining with Dynamic Discrete Visual Tokenization",
-        "id": "2309.04669",
-    },
-    "vlsa": {},  # under review, and on no arXiv
-}
-NAMES = {"vw-lmm": "VW-LMM", "lavit": "LaVIT", "vlsa": "VLSA"}
-INTRODUCTIONS = {
-    "vw-lmm": """[Multi-modal Auto-regressive Modeling via Visual
-Words](https://arxiv.org/abs/2403.07720) (VW-LMM), which maps every image feature to a probability distribution over
-the language model's vocabulary, its visual words.""",
-    "lavit": """[Unified Language-Vision Pretraining with Dynamic Discrete Visual
-Tokenization](https://arxiv.org/abs/2309.04669) (LaVIT), which gives an image as many tokens as it needs, and each of
-them a code that the language model learns to predict.""",
-    "vlsa": """[Rethinking Modality Alignment in Multi-Modal Large Language
-Models](https://openreview.net/forum?id=RLhEGWt94S) (VLSA), which reads images of high resolution as a fixed number of
-tokens, and learns to draw them from these.""",
+    "vw-lmm": Paper(
+        "VW-LMM",
+        "Multi-modal Auto-regressive Modeling via Visual Words",
+        "https://arxiv.org/abs/2403.07720",
+        "maps every image feature to a probability distribution over the LLM's vocabulary, its visual words",
+    ),
+    "lavit": Paper(
+        "LaVIT",
+        "Unified Language-Vision Pretraining with Dynamic Discrete Visual Tokenization",
+        "https://arxiv.org/abs/2309.04669",
+        "gives an image as many tokens as it needs, and each of them a code that the language model learns to predict",
+    ),
+    "vlsa": Paper(
+        "VLSA",
+        "Rethinking Modality Alignment in Multi-Modal Large Language Models",
+        "https://openreview.net/forum?id=RLhEGWt94S",
+        "reads images of high resolution as a fixed number of tokens, and learns to draw them from these",
+    ),
 }
 
 TRAINING_HEADING = "## Training procedure"  # as in TRL's cards
@@ -61,7 +77,8 @@ TEMPLATE = (
 
 # {{ name }}
 
-A vision-language model by the method of {{ introduction }}
+A vision-language model by the method of [{{ paper.title }}]({{ paper.url }}) ({{ paper.name }}), which
+{{ paper.gist }}.
 {%- if base_model %} It was made from {% for id in base_model -%}
 [{{ id }}](https://huggingface.co/{{ id }}){{ "." if loop.last else " and " if loop.revindex == 2 else ", " }}
 {%- endfor %}
@@ -219,7 +236,7 @@ def make_model_card(
         template_str=TEMPLATE,
         name=name,
         repo_id=repo_id,
-        introduction=INTRODUCTIONS[find_method(config)],
+        paper=PAPERS[find_method(config)],
         stages={number: describe_stage(number) for number in stages},
         patch_boxes="" if get_max_patches(config) is None else ', patch_boxes=inputs["patch_boxes"]',
         results=data.eval_results,

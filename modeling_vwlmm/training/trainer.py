@@ -58,7 +58,7 @@ from .collating import VWLMMDataCollator
 from .data_loading import LoadsInOrder
 from .lockstep import encode_no_images
 from .means import PositionMeans
-from .model_card import NAMES, PAPERS, TAGS, is_hub_id, make_model_card, read_training_procedure
+from .model_card import PAPERS, TAGS, is_hub_id, make_model_card, read_training_procedure
 from .no_cache import NoCache
 from .saving import SavesWholeCheckpoints
 from .stages import METHODS, record_name, set_trainable_parameters
@@ -118,8 +118,6 @@ class VWLMMTrainer(SavesWholeCheckpoints, StopsWhenDiverged, LoadsInOrder, SFTTr
     """
 
     _tag_names = [*TAGS, "trl", "sft"]
-    _name = property(lambda self: NAMES[self.args.method])
-    _paper = property(lambda self: PAPERS[self.args.method])
     # Losses are divided by the positions of the whole optimiser step, so accumulation must not divide them again.
     loss_is_scaled_for_ga = True
 
@@ -407,6 +405,16 @@ class VWLMMTrainer(SavesWholeCheckpoints, StopsWhenDiverged, LoadsInOrder, SFTTr
             if self.args.logging_strategy != "steps" or not (self.state.global_step + 1) % max(steps, 1):
                 self._grad_norms = measure_gradient_norms(model, grad_norm)
         return grad_norm
+
+    @property
+    def _name(self) -> str:
+        return PAPERS[self.args.method].name  # in TRL's model card
+
+    @property
+    def _paper(self) -> dict[str, str]:
+        paper = PAPERS[self.args.method]
+        arxiv_id = paper.url.partition("arxiv.org/abs/")[2]
+        return {"title": paper.title, "id": arxiv_id} if arxiv_id else {}
 
     def _make_no_cache(self, inputs: dict[str, Any]) -> NoCache | None:
         # A layer with checkpointed activations refuses any cache with a warning, and some layers keep other states.
