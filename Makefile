@@ -92,7 +92,7 @@ bench-reading: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or later is needed, $(PYTHON) is {sys.version.split()[0]}")'
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --constraint constraints.txt --editable '.[dev,examples]'
+	$(VENV)/bin/python -m pip install --constraint constraints.txt --editable '.[app,dev,docs,examples]'
 	touch $@
 
 clean:

@@ -1,0 +1,91 @@
+# Copyright 2026 The VW-LMM authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What `inspect_image` says of an image is what the model's own methods and losses say of it."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, make_image
+from PIL import Image
+
+from modeling_vwlmm import VWLMMForConditionalGeneration, convert_lavit_checkpoint
+from modeling_vwlmm.inspection import inspect_image
+from processing_vwlmm import VWLMMProcessor
+
+
+@pytest.fixture(scope="module")
+def inspected(vicuna):
+    model = VWLMMForConditionalGeneration.from_pretrained(vicuna, visual_word_temperature=0.5)
+    return inspect_image(model, VWLMMProcessor.from_pretrained(vicuna), make_image(3), layers=[0, 1, 3], top_k=4)
+
+
+def test_words_and_nearest_tokens_are_those_of_the_model(vicuna, processor, inspected):
+    model = VWLMMForConditionalGeneration.from_pretrained(vicuna, visual_word_temperature=0.5)
+    pixel_values = processor(images=make_image(3), return_tensors="pt")["pixel_values"]
+    words = model.get_visual_words(pixel_values, top_k=3)
+    top = inspected.get_top_words(3)
+    assert torch.equal(top.token_ids, words.token_ids[0])
+    torch.testing.assert_close(top.values, words.probabilities[0])
+    assert torch.equal(inspected.get_nearest_tokens().token_ids[:, 0], model.get_nearest_tokens(pixel_values)[0])
+    assert inspected.grid == (4, 4)
+
+
+def test_kl_is_the_loss_of_stage_4(vicuna, processor, inspected):
+    model = VWLMMForConditionalGeneration.from_pretrained(vicuna, visual_word_temperature=0.5)
+    message = {"role": "user", "content": [{"type": "image", "image": make_image(3)}]}
+    inputs = processor.apply_chat_template([message], tokenize=True, return_dict=True, return_tensors="pt")
+    outputs = model(**inputs, visual_objective="visual_words")
+    torch.testing.assert_close(inspected.get_kl().mean(), outputs.visual_loss, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(inspected.get_entropy().mean(), outputs.visual_word_entropy, rtol=1e-4, atol=1e-5)
+
+
+def test_last_layer_says_what_is_predicted_of_the_next_patch(inspected):
+    top = inspected.get_top_predictions(4)
+    assert torch.equal(inspected.layer_tokens.token_ids[-1, :-1], top.token_ids[1:])
+    torch.testing.assert_close(inspected.layer_tokens.values[-1, :-1], top.values[1:])
+    assert not torch.equal(inspected.layer_tokens.token_ids[0], inspected.layer_tokens.token_ids[-1])
+
+
+def test_image_is_what_the_vision_tower_sees(vicuna):
+    model, processor = VWLMMForConditionalGeneration.from_pretrained(vicuna), VWLMMProcessor.from_pretrained(vicuna)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (28, 28, 3), dtype=np.uint8))
+    assert np.array_equal(np.asarray(inspect_image(model, processor, image).image), np.asarray(image))
+
+
+def test_find_word_sums_the_tokens_that_read_as_it(inspected):
+    word = inspected.get_text(int(inspected.get_top_words().token_ids[0, 0]))
+    tokens = [token for token in range(480) if inspected.get_text(token) == word]
+    torch.testing.assert_close(inspected.find_word(f" {word}"), inspected.visual_words[:, tokens].exp().sum(dim=-1))
+    with pytest.raises(ValueError, match="No token reads 'zzzyx'.*tokenizer makes"):
+        inspected.find_word("zzzyx")
+
+
+def test_patches_of_high_resolution_change_what_is_read(perceiving):
+    model = VWLMMForConditionalGeneration.from_pretrained(perceiving)
+    processor = VWLMMProcessor.from_pretrained(perceiving)
+    image = make_image(3).resize((56, 56))
+    inputs = processor(images=image, return_tensors="pt")
+    assert len(inputs["pixel_values"]) > 1
+    found = inspect_image(model, processor, image)
+    assert torch.equal(found.get_top_words().token_ids, model.get_visual_words(**inputs).token_ids[0])
+    assert found.image.size == (28, 28)
+
+
+def test_dropped_image_tokens_say_nothing(tmp_path):
+    lavit = tmp_path / "lavit"
+    convert_lavit_checkpoint(GOLDEN / "lavit" / "checkpoint", lavit)
+    model, processor = VWLMMForConditionalGeneration.from_pretrained(lavit), VWLMMProcessor.from_pretrained(lavit)
+    found = inspect_image(model, processor, make_image(5), top_k=2)
+    dropped = ~found.keep_mask
+    assert dropped.any() and found.keep_mask.any() and not found.has_visual_words
+    assert (found.codes[dropped] == -1).all() and (found.codes[found.keep_mask] >= 0).all()
+    assert found.get_kl()[dropped].isnan().all() and found.get_entropy()[found.keep_mask].isfinite().all()
+    assert (found.get_top_predictions().token_ids[dropped] == -1).all()
+    assert (found.layer_tokens.token_ids[:, dropped] == -1).all()
+    assert found.get_text(-1) == ""
+
+
+def test_refusals(vicuna, processor):
+    model = VWLMMForConditionalGeneration.from_pretrained(vicuna)
+    with pytest.raises(ValueError, match=r"`layers` has \[9\]; expected numbers from 0 to 3"):
+        inspect_image(model, processor, make_image(1), layers=[1, 9])
