@@ -105,7 +105,7 @@ class ScriptArguments:
     )
     visual_words_images: list[str] | None = field(
         default=None,
-        metadata={"help": "Images whose visual words are drawn while the run goes on, into `figures` and the reports."},
+        metadata={"help": "Images whose visual words are drawn while the run goes on, into its folder `figures`."},
     )
     visual_words_steps: int = field(
         default=500, metadata={"help": "Steps between figures of `visual_words_images`. The last step has one, too."}
