@@ -57,7 +57,7 @@ DPI = 150
 PATCH, PANEL = 0.34, 3.8  # the least side of a patch with a word in it, and of a panel
 MARGIN, GAP, TITLE, LINE = 0.2, 0.3, 0.32, 0.24
 BAR, BAR_SPACE = 0.14, 0.85  # a colour bar, and with its ticks
-ROOM = 0.9  # of a box, for a text in it
+ROOM = 0.82  # of a box, for a text in it: at a low resolution letters are wider, for they begin at whole pixels
 
 FONT_SIZE, SMALLEST = 9.0, 4.5  # points; what is smaller nobody reads
 INK, GREY, WARNING = "#1a1a1a", "#d0d0d0", "#a02000"
@@ -454,6 +454,11 @@ _TITLE_STYLE = {"size": 9.5, "ha": "left", "va": "bottom", "margin": 0.06}
 class NotebookFigure(Figure):
     """A figure that pyplot does not know, shows itself in a notebook, and is laid out by inches from its top left."""
 
+    def __init__(self, width: float, height: float) -> None:
+        super().__init__(figsize=(width, height), dpi=DPI, facecolor="white")
+        FigureCanvasAgg(self)  # has a renderer that measures texts
+        self._fitted: dict[tuple, tuple[str, float]] = {}
+
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
         self.savefig(buffer, format="png")
@@ -494,18 +499,26 @@ class NotebookFigure(Figure):
         label.set(parse_math=False, usetex=False)
         if margin:
             label.set_y(y + margin / (axes.get_position().height * self.get_size_inches()[1]))
+        kind = (label.get_text(), size, round(width, 6), round(height, 6))
+        if kind not in self._fitted:  # most words come more than once
+            self._fit(label, width, height)
+            self._fitted[kind] = label.get_text(), label.get_size()
+        text, size = self._fitted[kind]
+        label.set(text=text, fontsize=size)
+        return label
+
+    def _fit(self, label: Text, width: float, height: float) -> None:
         room = np.array([width, height]) * ROOM * self.dpi  # pixels
-        scale = min(1, *(room / self._measure(label)))
-        label.set_size(max(size * scale, SMALLEST))
-        if size * scale >= SMALLEST:
-            return label
+        size = label.get_size() * min(1, *(room / self._measure(label)))
+        label.set_size(max(size, SMALLEST))
+        if size >= SMALLEST:
+            return
         text, low, high = label.get_text(), 0, len(label.get_text()) - 1
         while low < high:  # the longest beginning that has room
             middle = (low + high + 1) // 2
             label.set_text(f"{text[:middle]}…")
             low, high = (middle, high) if self._measure(label)[0] <= room[0] else (low, middle - 1)
         label.set_text(f"{text[:low]}…")
-        return label
 
     def _measure(self, label: Text) -> np.ndarray:
         """Width and height of a text in pixels."""
@@ -516,8 +529,7 @@ class NotebookFigure(Figure):
 def _make_figure(width: float, height: float, notes: list[tuple[str, str]]) -> tuple[NotebookFigure, float]:
     """A figure with lines of text on top, each with its colour, and where what follows begins."""
     head = len(notes) * TITLE
-    figure = NotebookFigure(figsize=(width, height + head + MARGIN), dpi=DPI, facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = NotebookFigure(width, height + head + MARGIN)
     for index, (note, colour) in enumerate(notes):
         axes = figure.place(MARGIN, MARGIN + index * TITLE, width - 2 * MARGIN, TITLE)
         axes.patch.set_visible(False)
