@@ -366,9 +366,9 @@ class LogsVisualWords(TrainerCallback):
         steps (`int`): Steps between figures. The last step has one, too.
 
     Raises:
-        FileNotFoundError: If an image does not exist.
-        ValueError: If there is no image, `steps` is not positive, the model has no LLM, or its weights are sharded:
-            one process has no model to draw with.
+        OSError: If an image is cut short.
+        ValueError: If an image does not exist, there is none, `steps` is not positive, the model has no LLM, or its
+            weights are sharded: one process has no model to draw with.
 
     Example:
 
@@ -397,6 +397,8 @@ class LogsVisualWords(TrainerCallback):
                 "DDP or ZeRO-2, or draw from the saved checkpoints with `draw_image`."
             )
         self.images = trainer.processing_class.image_processor.fetch_images(list(images))
+        for image in self.images:
+            image.load()  # now, and not in the first step with a figure
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

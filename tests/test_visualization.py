@@ -127,7 +127,7 @@ def assert_is_whole(figure) -> None:
     assert min(text.get_size() for text in texts) >= SMALLEST
     x0, y0, x1, y1 = np.array([text.get_window_extent(renderer).extents for text in texts]).T
     overlaps = (x0 < x1[:, None]) & (x0[:, None] < x1) & (y0 < y1[:, None]) & (y0[:, None] < y1)
-    assert overlaps.sum() == len(texts), [texts[a].get_text() for a, b in zip(*overlaps.nonzero()) if a != b]
+    assert overlaps.sum() == len(texts), [texts[a].get_text() for a, b in np.argwhere(overlaps) if a != b]
 
 
 class TestTexts:
@@ -395,9 +395,10 @@ def make_trainer(vicuna, processor, dataset, tmp_path):
 
 
 class Modes(LogsVisualWords):
-    """Looks at the model behind each step."""
+    """Looks at the model behind each step, a module of which its user has put into evaluation mode."""
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
+        model.model.vision_tower.eval()
         before = [module.training for module in model.modules()]
         super().on_step_end(args, state, control, **kwargs)
         assert before == [module.training for module in model.modules()] and any(before) and not all(before)
@@ -406,7 +407,7 @@ class Modes(LogsVisualWords):
 
 class TestWhileTraining:
     def test_it_draws_and_changes_nothing(self, make_trainer, tmp_path, monkeypatch):
-        """In bf16, with gradient checkpointing and a module that its user has put into evaluation mode."""
+        """In bf16, with gradient checkpointing."""
         options = {"bf16": True, "gradient_checkpointing": True}
         make_image(1).save(tmp_path / "image.png")
         plain = make_trainer("plain", **options)
@@ -418,7 +419,6 @@ class TestWhileTraining:
         writer = Recorder()
         trainer.add_callback(TensorBoardCallback(writer))
         trainer.add_callback(Modes(trainer, [str(tmp_path / "image.png"), make_image(2)], steps=2))
-        trainer.model.model.vision_tower.eval()
         trainer.train()
         files = sorted(path.name for path in (tmp_path / "run" / "figures").iterdir())
         assert files == ["step_000002.png", "step_000003.png"]
@@ -436,8 +436,12 @@ class TestWhileTraining:
 
     def test_refused(self, make_trainer, tmp_path, monkeypatch):
         trainer = make_trainer()
-        with pytest.raises(FileNotFoundError, match="missing.png"):
+        with pytest.raises(ValueError, match="missing.png is no readable image"):
             LogsVisualWords(trainer, [str(tmp_path / "missing.png")], 1)
+        make_image(1).save(tmp_path / "cut.bmp")
+        (tmp_path / "cut.bmp").write_bytes((tmp_path / "cut.bmp").read_bytes()[:200])
+        with pytest.raises(OSError, match="truncated"):
+            LogsVisualWords(trainer, [str(tmp_path / "cut.bmp")], 1)
         for images, steps in (([], 1), ([make_image(1)], 0)):
             with pytest.raises(ValueError, match=f"Found {len(images)} images every {steps} steps"):
                 LogsVisualWords(trainer, images, steps)
