@@ -11,6 +11,7 @@ Shapes: `N` image tokens of an image, in raster order; `C` vocabulary size of th
 """
 
 import io
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -55,7 +56,7 @@ logger = logging.get_logger(__name__)
 # All lengths are inches.
 DPI = 150
 PATCH, PANEL = 0.34, 3.8  # the least side of a patch with a word in it, and of a panel
-MARGIN, GAP, TITLE, LINE = 0.2, 0.3, 0.32, 0.24
+MARGIN, GAP, TITLE, LINE = 0.2, 0.3, 0.32, 0.2
 BAR, BAR_SPACE = 0.14, 0.85  # a colour bar, and with its ticks
 ROOM = 0.82  # of a box, for a text in it: at a low resolution letters are wider, for they begin at whole pixels
 
@@ -259,7 +260,7 @@ def draw_kept(images: Sequence[InspectedImage | CodedImage], columns: int = 8) -
     num_lines = -(-len(images) // columns)
     heights = [side * image.grid[0] / image.grid[1] for image in images]
     line = 2 * max(heights) + gap + caption
-    figure, top = _make_figure(2 * MARGIN + columns * (side + gap) - gap, num_lines * line + MARGIN, [])
+    figure, top = _make_figure(2 * MARGIN + columns * (side + gap) - gap, num_lines * line, [])
     for index, (image, height) in enumerate(zip(images, heights, strict=True)):
         left, begin = MARGIN + index % columns * (side + gap), top + index // columns * line
         picture, is_kept = _open(image), image.codes >= 0
@@ -280,16 +281,19 @@ def draw_codes(images: Sequence[InspectedImage | CodedImage], num_codes: int = 8
     Args:
         images (`Sequence[InspectedImage | CodedImage]`): The images, the more the better.
         num_codes (`int`, *optional*, defaults to 8): Rows.
-        num_patches (`int`, *optional*, defaults to 6): Patches of a code, from all over the images.
+        num_patches (`int`, *optional*, defaults to 6): Patches of a code, of as many images.
 
     Raises:
         ValueError: If there is no image, or it has no codes.
     """
     _check_has_codes(images)
-    places: dict[int, list[tuple[InspectedImage | CodedImage, int]]] = {}
-    for image in images:
+    places: dict[int, list[tuple[int, int, int]]] = {}  # which of its image's patches, image, patch
+    for index, image in enumerate(images):
+        seen = Counter()
         for patch in (image.codes >= 0).nonzero()[:, 0].tolist():
-            places.setdefault(int(image.codes[patch]), []).append((image, patch))
+            code = int(image.codes[patch])
+            places.setdefault(code, []).append((seen[code], index, patch))
+            seen[code] += 1
     frequent = sorted(places, key=lambda code: (-len(places[code]), code))[:num_codes]
     side, gap, gutter = 1.25, 0.1, 0.95
     size = (gutter + num_patches * (side + gap) - gap + 2 * MARGIN, len(frequent) * (side + gap) - gap + MARGIN)
@@ -297,12 +301,13 @@ def draw_codes(images: Sequence[InspectedImage | CodedImage], num_codes: int = 8
     for row, code in enumerate(frequent):
         found = places[code]
         begin = top + row * (side + gap)
-        for column, (image, patch) in enumerate(found[:: max(len(found) // num_patches, 1)][:num_patches]):
+        for column, (_, index, patch) in enumerate(sorted(found)[:num_patches]):  # of different images first
             axes = figure.place(MARGIN + gutter + column * (side + gap), begin, side, side)
+            image = images[index]
             rows, columns = image.grid
             y, x = divmod(patch, columns)
             _show(axes, _open(image), image.grid)
-            _mark(axes, x, y)
+            _mark(axes, x, y, widths=(2.4, 0.8))
             # At most eight by eight patches around it, where the image goes on that far.
             window = min(8, rows, columns)
             x, y = (min(max(at - window // 2, 0), most - window) for at, most in ((x, columns), (y, rows)))
@@ -660,9 +665,9 @@ def _cover(axes: Axes, grid: tuple[int, int], mask: torch.Tensor, colour: Any) -
     axes.add_collection(PatchCollection(squares, **style), autolim=False)
 
 
-def _mark(axes: Axes, x: int, y: int) -> None:
+def _mark(axes: Axes, x: int, y: int, widths: tuple[float, float] = (3.5, 1.2)) -> None:
     """A frame around a patch, which is seen on any colour."""
-    for colour, width in (("white", 3.5), (INK, 1.2)):
+    for colour, width in zip(("white", INK), widths, strict=True):
         axes.add_patch(Rectangle((x, y), 1, 1, fill=False, edgecolor=colour, linewidth=width, joinstyle="miter"))
 
 

@@ -328,7 +328,17 @@ class TestCodes:
         texts = [text for axes in figure.axes for text in get_text(axes)]
         assert texts == ["code 7", "6 patches", "code 3", "4 patches"]
         marked = [axes.patches[-1].get_xy() for axes in figure.axes]
-        assert marked == [(0, 0), (2, 0), (5, 0), (0, 0), (2, 0), (3, 0), (6, 0), (3, 0), (6, 0)]
+        assert marked == [
+            (0, 0),
+            (0, 0),
+            (2, 0),
+            (2, 0),
+            (5, 0),
+            (3, 0),
+            (3, 0),
+            (6, 0),
+            (6, 0),
+        ]  # of both images in turn
         for axes, (x, y) in zip(figure.axes, marked, strict=True):  # the patch is in sight
             assert axes.get_xlim()[0] <= x < axes.get_xlim()[1] and axes.get_ylim()[1] <= y < axes.get_ylim()[0]
 
