@@ -586,7 +586,7 @@ def _draw_rows(rows: list[list[_Panel]], captions: Sequence[str] | None = None, 
         for line in text:
             axes = figure.place(MARGIN, top, whole - MARGIN, LINE)
             axes.patch.set_visible(False)
-            figure.write(axes, 0, 0.4, line, whole - MARGIN, LINE, ha="left")
+            figure.write(axes, 0, 0.3, line, whole - MARGIN, LINE, ha="left")
             top += LINE
         top += MARGIN
     return figure
