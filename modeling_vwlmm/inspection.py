@@ -98,11 +98,12 @@ class InspectedImage:
 
     def get_kl(self) -> torch.Tensor:
         """`KL(P' || Q)` of each patch in nats, the loss of stage IV (equation 6): `[N]`, NaN where it is dropped."""
-        return self._mark_dropped((self.visual_words.exp() * (self.visual_words - self.predictions)).sum(dim=-1))
+        words = self.visual_words.exp()
+        return self._mark_dropped((torch.xlogy(words, words) - words * self.predictions).sum(dim=-1))
 
     def get_entropy(self) -> torch.Tensor:
         """Entropy of each patch's visual words in nats: `[N]`, NaN where it is dropped."""
-        return self._mark_dropped(-(self.visual_words.exp() * self.visual_words).sum(dim=-1))
+        return self._mark_dropped(torch.special.entr(self.visual_words.exp()).sum(dim=-1))
 
     def find_word(self, word: str) -> torch.Tensor:
         """

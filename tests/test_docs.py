@@ -51,6 +51,7 @@ from modeling_vwlmm import (
     loss_vwlmm,
     objectives_vwlmm,
     outputs_vwlmm,
+    visualization,
 )
 from modeling_vwlmm.training.stages import METHODS, MODULES
 from modeling_vwlmm.training.training_modules import FOLDER as TRAINING_MODULES
@@ -163,6 +164,12 @@ CLAIMS = [
     ),
     Claim("docs/training.md", "merge_and_unload", ALL_STAGES.format("runs/stage4")),
     Claim("docs/training.md", "DPOTrainer(", "trainer.state.global_step > 0"),
+    Claim("docs/visualization.md", "draw_image(", 'os.path.isfile("words.png")'),
+    Claim(
+        "docs/visualization.md",
+        "--visual_words_images",
+        'os.listdir("runs/small_world/stage4/figures") == ["step_000001.png"]',
+    ),
     Claim("docs/vlsa.md", "llavar_422k", 'len(own) == sum("image" in record for record in records) > 0'),
     Claim(
         "docs/vlsa.md",
@@ -481,7 +488,7 @@ class Names:
 
     def __init__(self, model: VWLMMForConditionalGeneration, logged: set[str]):
         modules = (
-            *(modeling_vwlmm, processing_vwlmm, adapters_vwlmm, loss_vwlmm, objectives_vwlmm),
+            *(modeling_vwlmm, processing_vwlmm, adapters_vwlmm, loss_vwlmm, objectives_vwlmm, visualization),
             *(transformers, trl, peft, builtins),
         )
         functions = (
