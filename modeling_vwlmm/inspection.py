@@ -154,7 +154,7 @@ def inspect_image(
         [`InspectedImage`]
 
     Raises:
-        ValueError: If a layer does not exist, or the decoder has no final norm to read layers with.
+        ValueError: If a layer does not exist, if there are fewer tokens than `top_k`, or the decoder has no final norm to read layers with.
     """
     decoder = model.model.language_model
     num_layers = model.config.text_config.num_hidden_layers
@@ -163,6 +163,11 @@ def inspect_image(
     if missing := [layer for layer in layers if not 0 <= layer <= num_layers]:
         raise ValueError(
             f"`layers` has {missing}; expected numbers from 0 to {num_layers}, the layers of the decoder."
+        )
+    if not 1 <= top_k <= model.config.text_config.vocab_size:
+        raise ValueError(
+            f"`top_k` is {top_k}; expected a number from 1 to {model.config.text_config.vocab_size}, the tokens of the "
+            "vocabulary."
         )
     if not hasattr(decoder, "norm"):
         raise ValueError(
@@ -199,7 +204,8 @@ def inspect_image(
     return InspectedImage(
         image=_to_image(inputs["pixel_values"][0], processor),
         grid=_get_grid(inputs["pixel_values"], model.config.vision_config.patch_size, len(features)),
-        visual_words=words.log().cpu(),
+        # Sharp ones round to 0, of which the logarithm times 0 would be no number.
+        visual_words=words.clamp_min(torch.finfo(words.dtype).tiny).log().cpu(),
         predictions=predictions.cpu(),
         cosines=(F.normalize(features.float(), dim=-1) @ embeddings.T).cpu(),
         keep_mask=keep_mask,

@@ -89,3 +89,13 @@ def test_refusals(vicuna, processor):
     model = VWLMMForConditionalGeneration.from_pretrained(vicuna)
     with pytest.raises(ValueError, match=r"`layers` has \[9\]; expected numbers from 0 to 3"):
         inspect_image(model, processor, make_image(1), layers=[1, 9])
+    with pytest.raises(ValueError, match=r"`top_k` is 481; expected a number from 1 to 480"):
+        inspect_image(model, processor, make_image(1), top_k=481)
+
+
+def test_words_that_are_sure_have_entropy_and_kl(vicuna, processor):
+    model = VWLMMForConditionalGeneration.from_pretrained(vicuna, visual_word_temperature=0.01)
+    found = inspect_image(model, processor, make_image(3))
+    assert (found.visual_words.exp() < 1e-30).any()
+    assert found.get_kl().isfinite().all() and (found.get_kl() > found.get_entropy()).all()
+    assert (found.get_entropy() >= 0).all() and (found.get_entropy() < 0.7).all()
