@@ -154,7 +154,8 @@ def inspect_image(
         [`InspectedImage`]
 
     Raises:
-        ValueError: If a layer does not exist, if there are fewer tokens than `top_k`, or the decoder has no final norm to read layers with.
+        ValueError: If a layer does not exist, if the vocabulary has fewer tokens than `top_k`, or the decoder has no
+            final norm to read layers with.
     """
     decoder = model.model.language_model
     num_layers = model.config.text_config.num_hidden_layers
@@ -164,10 +165,10 @@ def inspect_image(
         raise ValueError(
             f"`layers` has {missing}; expected numbers from 0 to {num_layers}, the layers of the decoder."
         )
-    if not 1 <= top_k <= model.config.text_config.vocab_size:
+    num_tokens = model.config.text_config.vocab_size
+    if not 1 <= top_k <= num_tokens:
         raise ValueError(
-            f"`top_k` is {top_k}; expected a number from 1 to {model.config.text_config.vocab_size}, the tokens of the "
-            "vocabulary."
+            f"`top_k` is {top_k}; expected a number from 1 to {num_tokens}, the tokens of the vocabulary."
         )
     if not hasattr(decoder, "norm"):
         raise ValueError(

@@ -12,7 +12,7 @@ import argparse
 import base64
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -30,12 +30,13 @@ from .modeling_vwlmm import VWLMMForConditionalGeneration
 TEMPLATE = Path(__file__).with_name("lens.html")
 
 
-def make_lens(images: dict[str, InspectedImage], title: str, num_layers: int, top_k: int = 5) -> str:
+def make_lens(images: Iterable[tuple[str, InspectedImage]], title: str, num_layers: int, top_k: int = 5) -> str:
     """
-    The page that shows inspected images, which are all of one model and have the same layers.
+    The page that shows inspected images, at least one, which are all of one model and have the same layers.
 
     Args:
-        images (`dict[str, InspectedImage]`): What [`inspect_image`] has found, by the names that the page shows.
+        images (iterable of `tuple[str, InspectedImage]`): Names that the page shows, and what [`inspect_image`] has
+            found. No two of them have to be in memory at once.
         title (`str`): What the page says of the model, such as its name.
         num_layers (`int`): Layers of the decoder.
         top_k (`int`, *optional*, defaults to 5): Tokens of each list, as many as each layer has.
@@ -43,17 +44,19 @@ def make_lens(images: dict[str, InspectedImage], title: str, num_layers: int, to
     Returns:
         `str`, the HTML file. A token or a name in it is text, whatever it looks like.
     """
-    first = next(iter(images.values()))
     table: dict[int, int] = {}  # token id to row: a token's text is in the file once
+    described = []
+    for name, found in images:
+        described.append(_describe(name, found, top_k, table))
     content = {
-        "images": [_describe(name, found, top_k, table) for name, found in images.items()],
+        "images": described,
         "title": title,
         "num_layers": num_layers,
-        "layers": first.layers,
+        "layers": found.layers,
         "top_k": top_k,
-        "has_visual_words": first.has_visual_words,
+        "has_visual_words": found.has_visual_words,
         "token_ids": list(table),
-        "tokens": [first.get_text(token) for token in table],
+        "tokens": [found.get_text(token) for token in table],
     }
     data = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     # In a script element `</script>` and `<!--` mean something, whatever is around them.
@@ -112,7 +115,10 @@ def load(checkpoint: str) -> tuple[VWLMMForConditionalGeneration, VWLMMProcessor
     """Model and processor. Raises `ValueError` or `OSError` if they are not there, or no VW-LMM's."""
     if checkpoint.startswith((".", "/")) and not os.path.isdir(checkpoint):
         raise ValueError(f"There is no folder {checkpoint}; expected a checkpoint.")
-    model_type = VWLMMConfig.get_config_dict(checkpoint)[0].get("model_type")
+    try:
+        model_type = VWLMMConfig.get_config_dict(checkpoint)[0].get("model_type")
+    except OSError as error:
+        raise ValueError(f"{checkpoint} is neither a checkpoint's folder nor its name on the Hub: {error}") from error
     if model_type != VWLMMConfig.model_type:
         raise ValueError(
             f"{checkpoint} has the model type {model_type!r}; expected {VWLMMConfig.model_type!r}. Pass the folder of "
@@ -142,18 +148,15 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         images = [read_image(source) for source in args.images]  # before a model is loaded
         model, processor = load(args.checkpoint)
-        names = name_images(args.images)
-        found = {
-            name: inspect_image(model, processor, image, args.layers, args.top_k)
-            for name, image in zip(names, images, strict=True)
-        }
+        found = (inspect_image(model, processor, image, args.layers, args.top_k) for image in images)
         title = "/".join(Path(args.checkpoint).absolute().parts[-2:])  # without the folders of this machine
-        page = make_lens(found, title, model.config.text_config.num_hidden_layers, args.top_k)
+        named = zip(name_images(args.images), found, strict=True)
+        page = make_lens(named, title, model.config.text_config.num_hidden_layers, args.top_k)
         # A name that is no UTF-8, as a file may have, is shown with question marks.
         args.output.write_text(page, encoding="utf-8", errors="replace")
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    print(f"{args.output}: images: {len(found)}, {args.output.stat().st_size / 1e6:.1f} MB")
+    print(f"{args.output}: images: {len(images)}, {args.output.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
