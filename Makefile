@@ -100,6 +100,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or later is needed, $(PYTHON) is {sys.version.split()[0]}")'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --constraint constraints.txt --editable '.[app,dev,docs,examples]'
+	$(VENV)/bin/python -m pip install --constraint constraints.txt --no-deps latentlens  # its torchvision may not fit torch
 	touch $@
 
 clean:
