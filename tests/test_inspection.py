@@ -89,6 +89,8 @@ def test_refusals(vicuna, processor):
     model = VWLMMForConditionalGeneration.from_pretrained(vicuna)
     with pytest.raises(ValueError, match=r"`layers` has \[9\]; expected numbers from 0 to 3"):
         inspect_image(model, processor, make_image(1), layers=[1, 9])
+    with pytest.raises(ValueError, match=r"`top_k` is 481; expected a number from 1 to 480"):
+        inspect_image(model, processor, make_image(1), top_k=481)
 
 
 def test_a_word_for_certain_has_no_entropy(vicuna):
