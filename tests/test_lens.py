@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tomllib
 import torch
 from conftest import GOLDEN, make_image
 from PIL import Image
@@ -124,6 +125,11 @@ def test_tokens_and_names_that_look_like_html_are_text(make_model_of_words):
         assert page.count(mark) == template.count(mark)
     for unsafe in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "http:", "https:"):
         assert unsafe not in template
+
+
+def test_a_wheel_has_the_template():
+    settings = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert TEMPLATE.name in settings["package-data"]["modeling_vwlmm"]
 
 
 def test_refusals(vicuna, tmp_path, photo, capsys):
