@@ -53,7 +53,9 @@ def main(arguments: list[str] | None = None) -> None:
     if args.size not in plan["sizes"]:
         parser.error(f"--size is {args.size!r}; expected one of {', '.join(plan['sizes'])}")
     results = open_results(args.output / "results.json", plan)
-    write_questions(args.output / "questions", *plan["questions"].values(), plan["held_out_looks"])
+    for world in {get_world(plan, phase["setting"]) for phase in plan["sizes"][args.size]}:
+        folder = get_questions(args.output, world)
+        write_questions(folder, *plan["questions"].values(), plan["held_out_looks"], world)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.processes, context, torch.set_num_threads, (1,)) as pool:
         for phase in plan["sizes"][args.size]:
@@ -77,6 +79,16 @@ def read_plan(path: Path) -> dict[str, Any]:
     read = {name: yaml.safe_load(recipe.read_text()) for name, recipe in recipes.items()}
     read["stage4"].pop("visual_loss_weight", None)  # the demo's; arms say theirs
     return plan | {"recipes": read}
+
+
+def get_world(plan: dict[str, Any], setting: str) -> str:
+    """Where the scenes of a setting are from."""
+    return plan["settings"][setting].get("world", "small")
+
+
+def get_questions(output: Path, world: str) -> Path:
+    """Folder of the questions on scenes of a world."""
+    return output / ("questions" if world == "small" else f"questions_{world}")
 
 
 def fingerprint(plan: dict[str, Any], setting: str | None = None) -> str:
@@ -195,19 +207,19 @@ class Phase:
 
 def run_start(plan: dict[str, Any], setting: str, replicate: int, output: Path) -> dict[str, Any]:
     """Writes a replicate's data, trains its stages up to III, unless that was done, and measures its visual words."""
-    folder, begun = output / setting / f"{replicate:02d}", time.process_time()
+    folder, begun, world = output / setting / f"{replicate:02d}", time.process_time(), get_world(plan, setting)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "start.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
         if not is_done(folder, plan, setting):
             lines = plan["settings"][setting]
-            write_training_data(folder / "data", lines["data"], plan["held_out_looks"], replicate)
+            write_training_data(folder / "data", lines["data"], plan["held_out_looks"], replicate, world)
             start = None
             for stage in [stage for stage in (1, 2, 3) if f"stage{stage}" in lines]:
                 shutil.rmtree(folder / f"stage{stage}", ignore_errors=True)
                 train.main(write_recipe(plan, setting, stage, folder, f"stage{stage}", start, replicate, {}))
                 start = folder / f"stage{stage}"
             (folder / "done").write_text(fingerprint(plan, setting))
-        measured = measure_words(folder / "stage3", output / "questions")
+        measured = measure_words(folder / "stage3", get_questions(output, world))
         print(f"\n{time.process_time() - begun:.0f} seconds of processor time")
         return measured
 
@@ -227,7 +239,7 @@ def run_arm(plan: dict[str, Any], setting: str, replicate: int, output: Path, ar
             start = add_tokenizer(output / "tokenizer", folder / "stage3", folder / f"{arm}_start")
         train.main(write_recipe(plan, setting, 4, folder, arm, start, replicate, lines))
         middle = time.process_time()
-        measured = measure_arm(trained, output / "questions")
+        measured = measure_arm(trained, get_questions(output, get_world(plan, setting)))
         shutil.rmtree(trained)
         print(f"\n{middle - begun:.0f} + {time.process_time() - middle:.0f} seconds of processor time")
         return measured
