@@ -237,9 +237,13 @@ def test_same_results_again_and_after_a_stop(run, tiny_plan, tmp_path):
     plan["sizes"]["tiny"][0]["replicates"] = 2  # what is there stays, and the plan says what has changed
     with pytest.raises(ValueError, match="The plan has changed in sizes since .* do not say so"):
         run.open_results(stopped / "results.json", plan)
-    plan["changes"] = [*plan["changes"], "Now: two replicates."]
+    plan["arms"]["another"] = {}  # as may an arm that has no results yet
+    plan["changes"] = [*plan["changes"], "Now: two replicates, and another arm."]
     assert run.open_results(stopped / "results.json", plan) == {**json.loads(whole), "plan": plan}
 
+    other = plan | {"arms": plan["arms"] | {"codes": {}}}  # one with results decides numbers
+    with pytest.raises(ValueError, match="results of the plan .* choose another folder"):
+        run.open_results(stopped / "results.json", other)
     plan["recipes"]["stage4"]["learning_rate"] *= 2  # a recipe decides numbers
     with pytest.raises(ValueError, match="results of the plan .* choose another folder"):
         run.open_results(stopped / "results.json", plan)

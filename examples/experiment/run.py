@@ -16,6 +16,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -91,10 +92,14 @@ def get_questions(output: Path, world: str) -> Path:
     return output / ("questions" if world == "small" else f"questions_{world}")
 
 
-def fingerprint(plan: dict[str, Any], setting: str | None = None) -> str:
-    """Of what decides the numbers of a replicate: not how many of them there are, nor what is compared."""
-    names = ("recipes", "every_stage", "held_out_looks", "arms", "visual_tokenizer", "questions")
+def fingerprint(plan: dict[str, Any], setting: str | None = None, arms: Iterable[str] = ()) -> str:
+    """
+    Of what decides the numbers of a replicate, and of some arms: not how many there are of either, nor what is
+    compared.
+    """
+    names = ("recipes", "every_stage", "held_out_looks", "visual_tokenizer", "questions")
     decides = {name: plan[name] for name in names} | {"setting": plan["settings"].get(setting)}
+    decides |= {"arms": {arm: plan["arms"].get(arm) for arm in arms}}
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -108,8 +113,9 @@ def open_results(path: Path, plan: dict[str, Any]) -> dict[str, Any]:
     if not path.exists():
         return {"plan": plan, "settings": {}}
     results = json.loads(path.read_text())
-    for setting in results["settings"]:
-        check_plan(path, fingerprint(results["plan"], setting), plan, setting)
+    for setting, done in results["settings"].items():
+        arms = sorted({arm for record in done.values() for arm in record["arms"]})
+        check_plan(path, fingerprint(results["plan"], setting, arms), plan, setting, arms)
     said, changed = results["plan"]["changes"], [name for name in plan if plan[name] != results["plan"].get(name)]
     if changed and (plan["changes"][: len(said)] != said or len(plan["changes"]) == len(said)):
         raise ValueError(
@@ -119,12 +125,14 @@ def open_results(path: Path, plan: dict[str, Any]) -> dict[str, Any]:
     return results | {"plan": plan}
 
 
-def check_plan(path: Path, found: str, plan: dict[str, Any], setting: str | None = None) -> None:
+def check_plan(
+    path: Path, found: str, plan: dict[str, Any], setting: str | None = None, arms: Iterable[str] = ()
+) -> None:
     """
     Raises:
         ValueError: If what is at `path` has another fingerprint than the plan.
     """
-    if found != (expected := fingerprint(plan, setting)):
+    if found != (expected := fingerprint(plan, setting, arms)):
         raise ValueError(
             f"{path} has results of the plan {found}, and this is plan {expected}; expected the same. Replicates of "
             "two plans are not to be mixed: choose another folder with --output."
