@@ -2,15 +2,17 @@
 Makes the two pretrained parts of the small world, the counterparts of CLIP and Vicuna.
 
     python examples/pretrain_small_world.py
+    python examples/pretrain_small_world.py --world larger
 
-writes to `examples/small_world/`, in half precision:
+writes to `examples/small_world/`, or `examples/larger_world/`, in half precision:
 
 - `vision_tower/`: a CLIP vision tower, trained contrastively on pictures and their captions; the text side is dropped;
 - `llm/`: a Llama decoder with its tokenizer, trained on text alone: captions, and scenes in words followed by
   questions about them.
 
 Both parts are read back from disk and measured at the end. Scenes are made on the fly, so that none comes twice. The
-whole script takes about an hour, most of it for the decoder, and has to run only if the small world itself changes.
+whole script takes about an hour, most of it for the decoder, and has to run only if a world itself changes. The parts
+of the larger world start from those of the small world, whose words and colours they know.
 """
 
 import argparse
@@ -18,10 +20,13 @@ import copy
 import math
 import random
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
+import larger_world
 import numpy as np
+import small_world
 import torch
 import torch.nn.functional as F
 from small_world import (
@@ -29,16 +34,10 @@ from small_world import (
     BACKGROUND_WORD,
     COLOURS,
     IMAGE_SIZE,
-    KINDS,
-    NUMBERS,
     PATCH_SIZE,
     PATCHES_PER_SIDE,
-    PLACES,
     SHAPES,
-    SIZES,
     Scene,
-    random_scene,
-    random_thing,
 )
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch.nn.utils.rnn import pad_sequence
@@ -56,7 +55,6 @@ from transformers import (
 )
 
 
-OUTPUT = Path(__file__).parent / "small_world"
 SEED = 0
 
 SYSTEM = (
@@ -65,28 +63,82 @@ SYSTEM = (
 )
 NUM_PATCHES = PATCHES_PER_SIDE**2
 
-VISION_STEPS, VISION_BATCH, KEPT_PATCHES = 900, 128, 24
-LLM_STEPS, EXERCISE_STEPS, LLM_BATCH = 3000, 300, 16
+VISION_BATCH, KEPT_PATCHES = 128, 24
+LLM_BATCH = 16
 MUON_LR, ADAMW_LR, WARM_UP = 0.015, 2e-3, 30
+ORDER = ("size", "texture", "colour", "shape")  # of words in a name
 RESIDUAL_SCALE = 16
+
+
+@dataclass(frozen=True)
+class World:
+    """
+    What is pretrained on.
+
+    Args:
+        module (`ModuleType`): Makes the scenes.
+        phrases (`tuple[str, ...]`): Of questions and answers, with all of their words.
+        vision_steps, llm_steps, exercise_steps (`int`): Of training; the last are the first ones of the LLM.
+        caption_tokens (`int`): Of the longest caption, at least.
+        start (`str`, *optional*): Name of the world whose parts these start from.
+    """
+
+    module: ModuleType
+    phrases: tuple[str, ...]
+    vision_steps: int
+    llm_steps: int
+    exercise_steps: int
+    caption_tokens: int
+    start: str | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where the parts are."""
+        return Path(__file__).with_name(self.module.__name__)
+
+
+WORLDS = {
+    "small": World(
+        small_world,
+        ("What colour is the How many are there Is there a Where is the Describe the image",),
+        vision_steps=900,
+        llm_steps=3000,
+        exercise_steps=300,
+        caption_tokens=64,
+    ),
+    "larger": World(
+        larger_world,
+        (
+            "What colour is the How many are there Is there a Where is the Describe the image",
+            *larger_world.TEXTURES,
+            *larger_world.DIRECTIONS,
+            "What texture is covered nothing",
+        ),
+        vision_steps=450,
+        llm_steps=1000,
+        exercise_steps=150,
+        caption_tokens=128,
+        start="small",
+    ),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------- tokenizer
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer with one token for each word of the small world, and characters and bytes for all other text."""
+def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
+    """A tokenizer with one token for each word of a world, and characters and bytes for all other text."""
     phrases = [
         SYSTEM,
         BACKGROUND_WORD,
         *COLOURS,
         *SHAPES,
         *(f"{shape}s" for shape in SHAPES),
-        *SIZES,
-        *PLACES,
-        *NUMBERS,
+        *world.module.SIZES,
+        *world.module.PLACES,
+        *world.module.NUMBERS,
         "yes no USER ASSISTANT a at the and shape shapes",
-        "What colour is the How many are there Is there a Where is the Describe the image",
+        *world.phrases,
     ]
     words = dict.fromkeys(word.strip(".,'") for phrase in phrases for word in phrase.split())
     line_starts = ["at", "USER", "What", "How", "Is", "Where", "Describe"]  # no space before them
@@ -121,7 +173,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 # -------------------------------------------------------------------------------------------------------- vision tower
 
 
-def build_clip(vocab_size: int) -> CLIPModel:
+def build_clip(vocab_size: int, caption_tokens: int) -> CLIPModel:
     """About 1 M parameters for pictures, and as few as will do for captions."""
     vision = {
         "hidden_size": 128,
@@ -139,7 +191,7 @@ def build_clip(vocab_size: int) -> CLIPModel:
         "intermediate_size": 256,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
-        "max_position_embeddings": 64,
+        "max_position_embeddings": caption_tokens,
     }
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
     # As large as the patches' own embeddings: at the usual 0.02, place is not learned in the few steps of this script.
@@ -147,15 +199,15 @@ def build_clip(vocab_size: int) -> CLIPModel:
     return model
 
 
-def twin(scene: Scene, rng: random.Random) -> Scene:
+def twin(world: World, scene: Scene, rng: random.Random) -> Scene:
     """The same scene but for one attribute of one thing: the caption that is hardest to tell from the right one."""
+    attributes = [*world.module.ATTRIBUTES.items(), ("place", world.module.PLACES)]
+    changes = [pair for pair in attributes for _ in range(1 + (pair[0] == "shape"))]  # shapes are hard to tell
     while True:
         index = rng.randrange(len(scene.things))
         thing = scene.things[index]
-        attribute, values = rng.choice(
-            [("colour", COLOURS), ("shape", SHAPES), ("shape", SHAPES), ("size", SIZES), ("place", PLACES)]
-        )
-        looks = {"colour": thing.colour, "shape": thing.shape, "size": thing.size, "place": thing.place}
+        attribute, values = rng.choice(changes)
+        looks = {name: getattr(thing, name) for name, _ in attributes}
         looks[attribute] = rng.choice([value for value in values if value != looks[attribute]])
         others = scene.things[:index] + scene.things[index + 1 :]
         if any(
@@ -163,16 +215,15 @@ def twin(scene: Scene, rng: random.Random) -> Scene:
             for other in others
         ):
             continue
-        things = sorted((*others, random_thing(rng, **looks)), key=lambda thing: list(PLACES).index(thing.place))
-        return replace(scene, things=tuple(things))
+        return scene.replace_thing(index, rng, **looks)
 
 
-def contrastive_scenes(rng: random.Random, size: int) -> list[Scene]:
+def contrastive_scenes(world: World, rng: random.Random, size: int) -> list[Scene]:
     """Pairs of twins, without two equal captions: the attributes alone tell which caption belongs to which picture."""
     scenes = {}
     while len(scenes) < size:
-        scene = random_scene(rng)
-        other = twin(scene, rng)
+        scene = world.module.random_scene(rng)
+        other = twin(world, scene, rng)
         if scene.caption() not in scenes and other.caption() not in scenes:
             scenes |= {scene.caption(): scene, other.caption(): other}
     return list(scenes.values())
@@ -206,16 +257,22 @@ def drop_patches(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tu
     return states.gather(1, kept[..., None].expand(-1, -1, states.shape[-1])), *rest
 
 
-def train_vision_tower(tokenizer: PreTrainedTokenizerFast, processor: CLIPImageProcessorPil) -> CLIPVisionModel:
+def train_vision_tower(
+    world: World, tokenizer: PreTrainedTokenizerFast, processor: CLIPImageProcessorPil
+) -> CLIPVisionModel:
     """Trains vision tower and text encoder to tell which caption belongs to which picture, and returns the tower."""
     torch.manual_seed(SEED)
     rng = random.Random(f"{SEED}/vision")
-    model = build_clip(len(tokenizer)).train()
+    model = build_clip(len(tokenizer), world.caption_tokens).train()
+    if world.start:
+        start = CLIPVisionModel.from_pretrained(WORLDS[world.start].folder / "vision_tower", dtype=torch.float32)
+        model.vision_model.load_state_dict(start.state_dict())
+        rescale_residual_stream(get_tower_writers(model.vision_model), RESIDUAL_SCALE)
     hook = model.vision_model.encoder.layers[-1].register_forward_pre_hook(drop_patches)
-    optimizers = Optimizers(model, VISION_STEPS)
-    progress = tqdm(range(VISION_STEPS), desc="Vision tower")
+    optimizers = Optimizers(model, world.vision_steps)
+    progress = tqdm(range(world.vision_steps), desc="Vision tower")
     for _ in progress:
-        scenes = contrastive_scenes(rng, VISION_BATCH)
+        scenes = contrastive_scenes(world, rng, VISION_BATCH)
         captions = [torch.tensor([*tokenizer(s.caption()).input_ids, len(tokenizer)]) for s in scenes]
         with torch.autocast("cpu", dtype=torch.bfloat16):
             output = model(
@@ -227,19 +284,23 @@ def train_vision_tower(tokenizer: PreTrainedTokenizerFast, processor: CLIPImageP
         optimizers.step(output.loss)
         progress.set_postfix(loss=f"{output.loss:.3f}", retrieval=f"{accuracy:.2f}")
     hook.remove()
-    tower = model.vision_model
-    writers = [module for layer in tower.encoder.layers for module in (layer.self_attn.out_proj, layer.mlp.fc2)]
-    rescale_residual_stream([tower.pre_layrnorm, *writers], 1 / RESIDUAL_SCALE)
-    return tower.eval()
+    rescale_residual_stream(get_tower_writers(model.vision_model), 1 / RESIDUAL_SCALE)
+    return model.vision_model.eval()
+
+
+def get_tower_writers(tower: torch.nn.Module) -> list[torch.nn.Module]:
+    """What writes into the tower's residual stream."""
+    layers = tower.encoder.layers
+    return [tower.pre_layrnorm, *(module for layer in layers for module in (layer.self_attn.out_proj, layer.mlp.fc2))]
 
 
 @torch.no_grad()
-def probe_vision_tower(tower: CLIPVisionModel, processor: CLIPImageProcessorPil) -> dict[str, float]:
+def probe_vision_tower(world: World, tower: CLIPVisionModel, processor: CLIPImageProcessorPil) -> dict[str, float]:
     """How well a linear map reads the attributes of the object at a patch from that patch's features of layer -2."""
 
     def features_and_labels(seed: str, count: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         rng = random.Random(seed)
-        scenes = [random_scene(rng) for _ in range(count)]
+        scenes = [world.module.random_scene(rng) for _ in range(count)]
         pixel_values = processor([scene.image() for scene in scenes], return_tensors="pt").pixel_values
         states = [
             tower(batch, output_hidden_states=True).hidden_states[-2][:, 1:] for batch in pixel_values.split(250)
@@ -248,10 +309,8 @@ def probe_vision_tower(tower: CLIPVisionModel, processor: CLIPImageProcessorPil)
         on_object = patches >= 0
         things = [scene.things[index] for scene, row in zip(scenes, patches, strict=True) for index in row[row >= 0]]
         labels = {
-            "colour": torch.tensor([list(COLOURS).index(thing.colour) for thing in things]),
-            "shape": torch.tensor([SHAPES.index(thing.shape) for thing in things]),
-            "size": torch.tensor([list(SIZES).index(thing.size) for thing in things]),
-            "place": torch.tensor([list(PLACES).index(thing.place) for thing in things]),
+            name: torch.tensor([list(values).index(getattr(thing, name)) for thing in things])
+            for name, values in {**world.module.ATTRIBUTES, "place": world.module.PLACES}.items()
         }
         states = F.pad(torch.cat(states), (0, 1), value=1.0)  # [B, 64, D + 1]
         clear = on_object | (patches == BACKGROUND)
@@ -332,46 +391,49 @@ def vicuna_prompt(turns: list[tuple[str, str]]) -> str:
     return f"{SYSTEM} " + "".join(f"USER: {question} ASSISTANT: {answer}</s>" for question, answer in turns)
 
 
-def places_in_words(rng: random.Random) -> list[str]:
+def places_in_words(world: World, rng: random.Random) -> list[str]:
     """A grid like a scene in words, in which each patch says where it is: "top left top … right bottom right"."""
-    half = PATCHES_PER_SIDE // 2
-    rows = [("top", "left", "right") if row < half else ("bottom", "left", "right") for row in range(PATCHES_PER_SIDE)]
-    return [
-        rng.choice((vertical, left if column < half else right))
-        for vertical, left, right in rows
-        for column in range(PATCHES_PER_SIDE)
-    ]
+    words = []
+    for row in range(PATCHES_PER_SIDE):
+        for column in range(PATCHES_PER_SIDE):
+            x, y = ((index + 0.5) * PATCH_SIZE for index in (column, row))
+            *_, place = (name for name, (left, top) in world.module.PLACES.items() if left <= x and top <= y)
+            words.append(rng.choice(place.split()))
+    return words
 
 
-def names_and_places(scene: Scene, rng: random.Random) -> str:
+def names_and_places(world: World, scene: Scene, rng: random.Random) -> str:
     """
     Where each thing is, by all of its names. A question about a thing takes this step first; one sample exercises it
     up to eight times.
     """
-    attributes = ("size", "colour", "shape")
+    attributes = sorted(world.module.ATTRIBUTES, key=ORDER.index)
     found = [f"the {name} at the {thing.place}" for thing in scene.things for name in scene.names(thing, *attributes)]
     return ", ".join(rng.sample(found, min(len(found), 8)))
 
 
-def exercise(scene: Scene, rng: random.Random) -> tuple[str, list[str]]:
+def exercise(world: World, scene: Scene, rng: random.Random) -> tuple[str, list[str]]:
     """A prompt with "<image>" where the words go, and these words: a caption, or practice in reading a scene."""
     words = scene.in_words(rng)
     drawn = rng.random()
     if drawn < 0.2:
         # Half of reading a scene is to know where in the grid a patch is, and this asks it 64 times a sample.
-        return f"{SYSTEM} USER: <image>", places_in_words(rng)
+        return f"{SYSTEM} USER: <image>", places_in_words(world, rng)
     if drawn < 0.3:
         return f"<image>{scene.caption()}\n", words
     if drawn < 0.6:
-        return f"{SYSTEM} USER: <image> ASSISTANT: {names_and_places(scene, rng)}</s>", words
+        return f"{SYSTEM} USER: <image> ASSISTANT: {names_and_places(world, scene, rng)}</s>", words
     return vicuna_prompt([scene.question("describe", rng)]), words
 
 
-def text_batch(encode: TextEncoder, rng: random.Random, exercises: float) -> tuple[torch.Tensor, torch.Tensor]:
+def text_batch(
+    world: World, encode: TextEncoder, rng: random.Random, exercises: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Draws a batch.
 
     Args:
+        world (`World`): Where scenes are from.
         encode (`TextEncoder`): Encodes prompts.
         rng (`random.Random`): Draws scenes and prompts.
         exercises (`float`): The share of samples that are no conversations.
@@ -381,12 +443,14 @@ def text_batch(encode: TextEncoder, rng: random.Random, exercises: float) -> tup
     """
     samples = []
     for _ in range(LLM_BATCH):
-        scene = random_scene(rng)
+        scene = world.module.random_scene(rng)
         if rng.random() < exercises:
-            prompt, words = exercise(scene, rng)
+            prompt, words = exercise(world, scene, rng)
         else:
             # More questions than a conversation of the instruction data has: the model learns from their answers.
-            turns = scene.conversation(rng) + [scene.question(kind, rng) for kind in rng.choices(KINDS[:-1], k=4)]
+            turns = scene.conversation(rng) + [
+                scene.question(kind, rng) for kind in rng.choices(scene.kinds[:-1], k=4)
+            ]
             rng.shuffle(turns)
             prompt, words = vicuna_prompt(turns), scene.in_words(rng)
         ids, in_scene, in_reply = encode(prompt, words)
@@ -397,7 +461,7 @@ def text_batch(encode: TextEncoder, rng: random.Random, exercises: float) -> tup
     return pad_sequence(labels, batch_first=True, padding_value=-100), pad_sequence(weights, batch_first=True)
 
 
-def train_llm(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def train_llm(world: World, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """
     Trains the LLM, on exercises first: they are short and ask much, and teach to read a scene in a fraction of the
     time that questions take.
@@ -405,11 +469,13 @@ def train_llm(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     torch.manual_seed(SEED)
     rng = random.Random(f"{SEED}/llm")
     model = build_llm(tokenizer).train()
+    if world.start:
+        copy_llm(WORLDS[world.start].folder / "llm", model, tokenizer)
     encode = TextEncoder(tokenizer)
-    optimizers = Optimizers(model, LLM_STEPS)
-    progress = tqdm(range(LLM_STEPS), desc="Language model")
+    optimizers = Optimizers(model, world.llm_steps)
+    progress = tqdm(range(world.llm_steps), desc="Language model")
     for step in progress:
-        labels, weights = text_batch(encode, rng, exercises=1.0 if step < EXERCISE_STEPS else 0.15)  # [B, L]
+        labels, weights = text_batch(world, encode, rng, 1.0 if step < world.exercise_steps else 0.15)  # [B, L]
         # Padding is on the right, where a causal model never looks, so that no attention mask is needed.
         with torch.autocast("cpu", dtype=torch.bfloat16):
             logits = model(input_ids=labels.clamp(min=0), use_cache=False).logits  # [B, L, C]
@@ -417,21 +483,45 @@ def train_llm(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         loss = (losses * weights[:, 1:]).sum() / weights[:, 1:].sum()
         optimizers.step(loss)
         progress.set_postfix(loss=f"{loss:.3f}")
-    writers = [module for layer in model.model.layers for module in (layer.self_attn.o_proj, layer.mlp.down_proj)]
-    rescale_residual_stream([model.model.embed_tokens, *writers], RESIDUAL_SCALE)
+    rescale_residual_stream(get_decoder_writers(model), RESIDUAL_SCALE)
     return model.eval()
 
 
+def get_decoder_writers(model: LlamaForCausalLM) -> list[torch.nn.Module]:
+    """What writes into the decoder's residual stream."""
+    decoder = model.model
+    writers = [module for layer in decoder.layers for module in (layer.self_attn.o_proj, layer.mlp.down_proj)]
+    return [decoder.embed_tokens, *writers]
+
+
 @torch.no_grad()
-def measure_llm(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, count: int = 600) -> dict[str, float]:
+def copy_llm(folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Gives a new LLM the layers of the one in a folder, and its rows of the tokens that both have."""
+    start, known = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+    rescale_residual_stream(get_decoder_writers(start), 1 / RESIDUAL_SCALE)
+    vocabulary, known = tokenizer.get_vocab(), known.get_vocab()
+    tokens = [(vocabulary[token], row) for token, row in known.items() if token in vocabulary]
+    here, there = (torch.tensor(rows) for rows in zip(*tokens, strict=True))
+    weights = start.state_dict()
+    for name, weight in model.state_dict().items():
+        if len(weight) == len(vocabulary):
+            weight[here] = weights[name][there]
+        else:
+            weight.copy_(weights[name])
+
+
+@torch.no_grad()
+def measure_llm(
+    world: World, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, count: int = 600
+) -> dict[str, float]:
     """Exact-match accuracy by kind on new scenes in words: the ceiling of what images can reach."""
     rng = random.Random(f"{SEED}/measure")
     encode = TextEncoder(tokenizer)
-    right = Counter()
+    asked, right = Counter(), Counter()
     for start in tqdm(range(0, count, 60), desc="Answering"):
         prompts, kinds, answers = [], [], []
         for index in range(start, start + 60):
-            scene, kind = random_scene(rng), KINDS[index % len(KINDS)]
+            scene, kind = world.module.random_scene(rng), world.module.KINDS[index % len(world.module.KINDS)]
             question, answer = scene.question(kind, rng)
             prompt = vicuna_prompt([(question, "")]).removesuffix(" </s>")
             prompts.append(encode(prompt, scene.in_words(rng))[0])
@@ -439,11 +529,12 @@ def measure_llm(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, cou
             answers.append(answer)
         input_ids = pad_sequence(prompts, batch_first=True, padding_side="left")
         mask = pad_sequence([torch.ones_like(p) for p in prompts], True, padding_side="left")
-        output = model.generate(input_ids=input_ids, attention_mask=mask, do_sample=False, max_new_tokens=48)
+        output = model.generate(input_ids=input_ids, attention_mask=mask, do_sample=False, max_new_tokens=96)
         texts = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
         for kind, text, answer in zip(kinds, texts, answers, strict=True):
+            asked[kind] += 1
             right[kind] += text.strip() == answer
-    return {kind: right[kind] / (count // len(KINDS)) for kind in KINDS} | {"all": right.total() / count}
+    return {kind: right[kind] / asked[kind] for kind in asked} | {"all": right.total() / count}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -539,26 +630,28 @@ def report(title: str, model: torch.nn.Module, accuracies: dict[str, float]) -> 
         print(f"  {name:10} {accuracy:6.1%}")
 
 
-def make_vision_tower(tokenizer: PreTrainedTokenizerFast) -> None:
+def make_vision_tower(world: World, tokenizer: PreTrainedTokenizerFast) -> None:
     """Trains, saves and measures the vision tower."""
+    folder = world.folder / "vision_tower"
     processor = CLIPImageProcessorPil(
         size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     )
-    train_vision_tower(tokenizer, processor).half().save_pretrained(OUTPUT / "vision_tower")
-    processor.save_pretrained(OUTPUT / "vision_tower")
+    train_vision_tower(world, tokenizer, processor).half().save_pretrained(folder)
+    processor.save_pretrained(folder)
     # Measured as its users will load it: from disk, in half precision.
-    tower = CLIPVisionModel.from_pretrained(OUTPUT / "vision_tower", dtype=torch.float32)
-    processor = AutoImageProcessor.from_pretrained(OUTPUT / "vision_tower")
-    report("Vision tower: linear probe of layer -2, by patch", tower, probe_vision_tower(tower, processor))
+    tower = CLIPVisionModel.from_pretrained(folder, dtype=torch.float32)
+    processor = AutoImageProcessor.from_pretrained(folder)
+    report("Vision tower: linear probe of layer -2, by patch", tower, probe_vision_tower(world, tower, processor))
 
 
-def make_llm(tokenizer: PreTrainedTokenizerFast) -> None:
+def make_llm(world: World, tokenizer: PreTrainedTokenizerFast) -> None:
     """Trains, saves and measures the LLM and its tokenizer."""
-    train_llm(tokenizer).half().save_pretrained(OUTPUT / "llm")
-    tokenizer.save_pretrained(OUTPUT / "llm")
-    llm = LlamaForCausalLM.from_pretrained(OUTPUT / "llm", dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(OUTPUT / "llm")
-    report("Language model: exact match on scenes in words", llm, measure_llm(llm, tokenizer))
+    folder = world.folder / "llm"
+    train_llm(world, tokenizer).half().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    llm = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    report("Language model: exact match on scenes in words", llm, measure_llm(world, llm, tokenizer))
 
 
 def main() -> None:
@@ -566,9 +659,11 @@ def main() -> None:
     parts = {"vision_tower": make_vision_tower, "llm": make_llm}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=list(parts), help="what to make: vision_tower, llm, or both")
+    parser.add_argument("--world", choices=WORLDS, default="small")
     args = parser.parse_args()
+    world = WORLDS[args.world]
     for part in args.parts:
-        parts[part](build_tokenizer())
+        parts[part](world, build_tokenizer(world))
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle")
 SIZES = {"small": (18, 21), "large": (27, 30)}  # shortest and longest side of the bounding box, in pixels
 PLACES = {"top left": (0, 0), "top right": (32, 0), "bottom left": (0, 32), "bottom right": (32, 32)}
+ATTRIBUTES = {"colour": COLOURS, "shape": SHAPES, "size": SIZES}
 NUMBERS = ("zero", "one", "two", "three", "four")
 BACKGROUND_WORD = "dark"
 
@@ -63,6 +64,8 @@ DETAIL_KINDS = ("detail", "twins", "shape")  # of questions on the grey world
 # What `Scene.patch_objects` says of a patch that shows no object.
 BACKGROUND = -1  # not one pixel of an object
 BORDER = -2  # some pixels of an object, but less than half: neither object nor background
+OBJECT_PIXELS = PATCH_SIZE**2 // 2  # of a patch that shows an object
+WORD_PIXELS = PATCH_SIZE**2 // 8  # of a patch that says a word of an object, where a scene is in words
 
 
 @dataclass(frozen=True)
@@ -99,14 +102,11 @@ class Thing:
         inside = (u >= 0) & (u <= 1) & (v >= 0) & (v <= 1)
         return inside if self.shape == "square" else inside & (abs(u - 0.5) <= v / 2)
 
-    def patch_pixels(self) -> np.ndarray:
-        """How many of each patch's pixels the thing covers, `[64]` in raster order."""
-        grid = self.mask().reshape(PATCHES_PER_SIDE, PATCH_SIZE, PATCHES_PER_SIDE, PATCH_SIZE)
-        return grid.sum(axis=(1, 3)).flatten()
 
-    def object_patches(self) -> np.ndarray:
-        """Which patches show the thing, `[64]`: those of which it covers at least half of the pixels."""
-        return self.patch_pixels() >= PATCH_SIZE**2 // 2
+def count_by_patch(mask: np.ndarray) -> np.ndarray:
+    """How many of each patch's pixels a mask `[64, 64]` has, `[64]` in raster order."""
+    grid = mask.reshape(PATCHES_PER_SIDE, PATCH_SIZE, PATCHES_PER_SIDE, PATCH_SIZE)
+    return grid.sum(axis=(1, 3)).flatten()
 
 
 def random_thing(rng: random.Random, colour: str, shape: str, size: str, place: str) -> Thing:
@@ -119,7 +119,7 @@ def random_thing(rng: random.Random, colour: str, shape: str, size: str, place: 
         left, top = corner_x + rng.randint(1, room), corner_y + rng.randint(1, room)
         thing = Thing(colour, shape, size, place, rgb, left, top, side)
         # A scene in words says colour, shape and size at least once each, in a patch each.
-        if thing.object_patches().sum() >= len(thing.words):
+        if (count_by_patch(thing.mask()) >= OBJECT_PIXELS).sum() >= len(thing.words):
             return thing
 
 
@@ -138,6 +138,9 @@ class Scene:
     grey: int
     things: tuple[Thing, ...]
 
+    kinds = KINDS
+    numbers = NUMBERS
+
     def image(self) -> Image.Image:
         """The picture, 64x64 pixels in RGB."""
         pixels = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), self.grey, dtype=np.uint8)
@@ -145,17 +148,31 @@ class Scene:
             pixels[thing.mask()] = thing.rgb
         return Image.fromarray(pixels)
 
+    def replace_thing(self, index: int, rng: random.Random, **attributes: str) -> "Scene":
+        """The scene with another thing in place of one, of these attributes."""
+        things = [*self.things[:index], *self.things[index + 1 :], random_thing(rng, **attributes)]
+        return replace(self, things=tuple(sorted(things, key=lambda thing: list(PLACES).index(thing.place))))
+
+    def masks(self) -> list[np.ndarray]:
+        """The pixels that show each thing, `[64, 64]` each."""
+        return [thing.mask() for thing in self.things]
+
     def caption(self) -> str:
         """A caption that names every thing with its place, size, colour and shape."""
         return ", ".join(f"at the {thing.place} a {thing.size} {thing.colour} {thing.shape}" for thing in self.things)
 
+    def find_owners(self, num_pixels: int) -> np.ndarray:
+        """
+        For each patch, `[64]` in raster order: the index of the thing that has most of its pixels, if these are
+        `num_pixels` at least, or `BORDER` if there are fewer, or `BACKGROUND`.
+        """
+        pixels = np.stack([count_by_patch(mask) for mask in self.masks()])  # [things, 64]
+        most = pixels.max(axis=0)
+        return np.where(most >= num_pixels, pixels.argmax(axis=0), np.where(most > 0, BORDER, BACKGROUND))
+
     def patch_objects(self) -> np.ndarray:
         """For each patch, `[64]` in raster order: the index of the thing it shows, or `BACKGROUND` or `BORDER`."""
-        patches = np.full(PATCHES_PER_SIDE**2, BACKGROUND)
-        for index, thing in enumerate(self.things):
-            patches[thing.patch_pixels() > 0] = BORDER
-            patches[thing.object_patches()] = index
-        return patches
+        return self.find_owners(OBJECT_PIXELS)
 
     def true_words(self) -> list[tuple[str, ...]]:
         """For each patch: its thing's three attribute words, the background word alone, or nothing (border)."""
@@ -178,8 +195,9 @@ class Scene:
             `list[str]`, a word for each of the 64 patches in raster order.
         """
         words = [BACKGROUND_WORD] * PATCHES_PER_SIDE**2
-        for thing in self.things:
-            patches = np.flatnonzero(thing.patch_pixels() >= PATCH_SIZE**2 // 8)
+        owners = self.find_owners(WORD_PIXELS)
+        for index, thing in enumerate(self.things):
+            patches = np.flatnonzero(owners == index)
             said = [*thing.words, *rng.choices(thing.words, k=len(patches) - len(thing.words))]
             rng.shuffle(said)
             for patch, word in zip(patches, said, strict=True):
@@ -187,7 +205,7 @@ class Scene:
         return words
 
     def question(self, kind: str, rng: random.Random) -> tuple[str, str]:
-        """A question of one of `KINDS` and its only right answer."""
+        """A question of one of the scene's `kinds` and its only right answer."""
         return getattr(self, f"_ask_{kind}")(rng)
 
     def names(self, thing: Thing, *attributes: str) -> list[str]:
@@ -224,7 +242,7 @@ class Scene:
             ]
         )
         count = sum(attribute is None or getattr(other, attribute) == value for other in self.things)
-        return f"How many {plural} are there?", NUMBERS[count]
+        return f"How many {plural} are there?", self.numbers[count]
 
     def _ask_exists(self, rng: random.Random) -> tuple[str, str]:
         thing = rng.choice(self.things)
@@ -245,7 +263,7 @@ class Scene:
 
     def conversation(self, rng: random.Random) -> list[tuple[str, str]]:
         """Four to six questions with their answers, each of another kind."""
-        return [self.question(kind, rng) for kind in rng.sample(KINDS, rng.randint(4, len(KINDS)))]
+        return [self.question(kind, rng) for kind in rng.sample(self.kinds, rng.randint(4, 6))]
 
 
 def random_scene(rng: random.Random) -> Scene:

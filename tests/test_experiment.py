@@ -7,9 +7,11 @@ gives the same results again and after it was stopped, and that the report's int
 
 import importlib
 import json
+import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -235,9 +237,13 @@ def test_same_results_again_and_after_a_stop(run, tiny_plan, tmp_path):
     plan["sizes"]["tiny"][0]["replicates"] = 2  # what is there stays, and the plan says what has changed
     with pytest.raises(ValueError, match="The plan has changed in sizes since .* do not say so"):
         run.open_results(stopped / "results.json", plan)
-    plan["changes"] = [*plan["changes"], "Now: two replicates."]
+    plan["arms"]["another"] = {}  # as may an arm that has no results yet
+    plan["changes"] = [*plan["changes"], "Now: two replicates, and another arm."]
     assert run.open_results(stopped / "results.json", plan) == {**json.loads(whole), "plan": plan}
 
+    other = plan | {"arms": plan["arms"] | {"codes": {}}}  # one with results decides numbers
+    with pytest.raises(ValueError, match="results of the plan .* choose another folder"):
+        run.open_results(stopped / "results.json", other)
     plan["recipes"]["stage4"]["learning_rate"] *= 2  # a recipe decides numbers
     with pytest.raises(ValueError, match="results of the plan .* choose another folder"):
         run.open_results(stopped / "results.json", plan)
@@ -296,3 +302,61 @@ class TestReport:
         importlib.import_module("report").main([str(tmp_path / "results.json"), "--from_replicate", "3"])
         assert "| visual_words − language_alone | yes     | 2          | +3.5 ± 6.4" in capsys.readouterr().out
         assert (tmp_path / "report.png").stat().st_size > 1000
+
+
+class TestLargerWorld:
+    @pytest.fixture
+    def scenes(self):
+        world = importlib.import_module("larger_world")
+        rng = random.Random(0)
+        return [world.random_scene(rng) for _ in range(100)]
+
+    def test_what_is_said_is_seen(self, scenes):
+        for scene in scenes:
+            pixels = np.asarray(scene.image())
+            seen = scene.masks()
+            assert sum(mask.astype(int) for mask in seen).max() == 1  # a pixel shows one thing
+            assert (pixels[~np.logical_or.reduce(seen)] == scene.grey).all()
+            for thing, mask in zip(scene.things, seen, strict=True):
+                hidden = thing.mask() & ~mask
+                assert thing.is_covered == hidden.any() and (not hidden.any() or hidden.sum() > 0.08 * mask.sum())
+                assert (pixels[mask] == thing.rgb).all() == (thing.texture == "plain")
+                assert {tuple(c) for c in pixels[mask]} <= {thing.rgb, tuple(round(0.45 * c) for c in thing.rgb)}
+            words = scene.in_words(random.Random(1))
+            assert {word for thing in scene.things for word in thing.words} == set(words) - {"dark"}
+        assert {len(scene.things) for scene in scenes} == {1, 2, 3, 4, 5, 6}
+        assert any(thing.is_covered for scene in scenes for thing in scene.things)
+
+    def test_relations_are_those_of_the_picture(self, scenes):
+        """By the middle of each thing: its row and its column, the nearest other in the direction first."""
+        axes = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
+        answers = set()
+        for scene in scenes:
+            middles = [np.argwhere(thing.mask()).mean(axis=0)[::-1] // (64 / 3, 32) for thing in scene.things]
+            for thing, here in zip(scene.things, middles, strict=True):
+                for direction, (axis, sign) in axes.items():
+                    there = [
+                        (sign * (other[axis] - here[axis]), found)
+                        for other, found in zip(middles, scene.things, strict=True)
+                        if other[1 - axis] == here[1 - axis] and sign * (other[axis] - here[axis]) > 0
+                    ]
+                    expected = min(there, key=lambda pair: pair[0])[1] if there else None
+                    assert scene.find_next(thing, direction) is expected
+            question, answer = scene.question("relation", random.Random(2))
+            answers.add(answer == "nothing")
+            assert answer == "nothing" or any(f"{t.place} the {t.colour} {t.shape}" in answer for t in scene.things)
+        assert answers == {True, False}
+
+    def test_its_data_are_written_as_those_of_the_small_world(self, run, plan, tmp_path):
+        run.write_training_data(
+            tmp_path, {"captions": 40, "conversations": 20, "images": 9}, [["red", "square"]], 0, "larger"
+        )
+        run.write_questions(tmp_path, 18, 9, [["red", "square"]], "larger")
+        captions = json.loads((tmp_path / "captions.json").read_text())
+        counts = {record["conversations"][1]["value"].count("at the") for record in captions}
+        assert max(counts) == 5 and "red square" not in json.dumps(captions)
+        assert {record["kind"] for record in json.loads((tmp_path / "main.json").read_text())} >= {
+            "texture",
+            "relation",
+        }
+        assert all(r["answer"] for r in json.loads((tmp_path / "more_objects.json").read_text()))

@@ -1,6 +1,6 @@
 """
-Data of the experiment: the small world without some combinations of colour and shape, and questions on scenes like
-those of training, on such combinations, on more objects and on noisy pictures.
+Data of the experiment: a world without some combinations of colour and shape, and questions on scenes like those of
+training, on such combinations, on more objects and on noisy pictures.
 
 Everything is in LLaVA's format. Training data depend on the seed of a replicate; questions are the same for all.
 """
@@ -10,21 +10,28 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+import larger_world
 import numpy as np
+import small_world
 from PIL import Image
-from small_world import KINDS, Scene, random_scene
+from small_world import Scene
 
 
-MAX_THINGS = 3  # of a scene that is trained on
+WORLDS = {"small": small_world, "larger": larger_world}
 NOISE = 40  # standard deviation of a pixel's noise, of 255
 PLACEHOLDER = "<image>"
 
 
-def draw_scene(rng: random.Random, is_wanted: Callable[[Scene], bool]) -> Scene:
+def draw_scene(world: str, rng: random.Random, is_wanted: Callable[[Scene], bool]) -> Scene:
     """The first scene that is wanted."""
-    while not is_wanted(scene := random_scene(rng)):
+    while not is_wanted(scene := WORLDS[world].random_scene(rng)):
         pass
     return scene
+
+
+def is_crowded(scene: Scene, world: str) -> bool:
+    """Whether a scene has as many things as the world has places. None that is trained on has."""
+    return len(scene.things) == len(WORLDS[world].PLACES)
 
 
 def shows(scene: Scene, looks: list[list[str]]) -> bool:
@@ -32,7 +39,9 @@ def shows(scene: Scene, looks: list[list[str]]) -> bool:
     return any([thing.colour, thing.shape] in looks for thing in scene.things)
 
 
-def write_questions(folder: Path, num_main: int, num_others: int, held_out_looks: list[list[str]]) -> None:
+def write_questions(
+    folder: Path, num_main: int, num_others: int, held_out_looks: list[list[str]], world: str = "small"
+) -> None:
     """
     Writes `main.json`, `new_combinations.json`, `more_objects.json`, `noise.json` and their images into `folder`.
 
@@ -41,19 +50,20 @@ def write_questions(folder: Path, num_main: int, num_others: int, held_out_looks
         num_main (`int`): Questions on scenes like those of training, the kinds in equal shares.
         num_others (`int`): Questions of each other set. Those of `noise` are the first of `main`.
         held_out_looks (`list[list[str]]`): Pairs of colour and shape that no scene but `new_combinations` shows.
+        world (`str`, *optional*, defaults to `"small"`): Of `WORLDS`.
     """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     wanted = {
-        "main": lambda scene: len(scene.things) <= MAX_THINGS and not shows(scene, held_out_looks),
-        "new_combinations": lambda scene: len(scene.things) <= MAX_THINGS and shows(scene, held_out_looks),
-        "more_objects": lambda scene: len(scene.things) > MAX_THINGS and not shows(scene, held_out_looks),
+        "main": lambda scene: not is_crowded(scene, world) and not shows(scene, held_out_looks),
+        "new_combinations": lambda scene: not is_crowded(scene, world) and shows(scene, held_out_looks),
+        "more_objects": lambda scene: is_crowded(scene, world) and not shows(scene, held_out_looks),
     }
     for name, is_wanted in wanted.items():
         rng = random.Random(f"questions/{name}")
         records = []
         for index in range(num_main if name == "main" else num_others):
-            scene = draw_scene(rng, is_wanted)
-            kind = KINDS[index % len(KINDS)]
+            scene = draw_scene(world, rng, is_wanted)
+            kind = scene.kinds[index % len(scene.kinds)]
             question, answer = scene.question(kind, rng)
             record = {"id": f"{name}_{index:04d}", "image": f"{name}_{index:04d}.png"}
             scene.image().save(folder / "images" / record["image"])
@@ -79,7 +89,9 @@ def read_questions(folder: Path, name: str) -> list[dict]:
     return [record | {"image": str(folder / "images" / record["image"])} for record in records]
 
 
-def write_training_data(folder: Path, sizes: dict[str, int], held_out_looks: list[list[str]], seed: int) -> None:
+def write_training_data(
+    folder: Path, sizes: dict[str, int], held_out_looks: list[list[str]], seed: int, world: str = "small"
+) -> None:
     """
     Writes `captions.json`, `conversations.json` and `images.json`, pictures without text, into `folder`. In each
     record `image_labels` are the true words of the patches: a random attribute of the object, the background's word,
@@ -90,12 +102,13 @@ def write_training_data(folder: Path, sizes: dict[str, int], held_out_looks: lis
         sizes (`dict[str, int]`): Records of each of the three, by the names of the files.
         held_out_looks (`list[list[str]]`): Pairs of colour and shape that no scene shows.
         seed (`int`): Of all that is drawn.
+        world (`str`, *optional*, defaults to `"small"`): Of `WORLDS`.
     """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for name, size in sizes.items():
         rng, records = random.Random(f"{seed}/{name}"), []
         for index in range(size):
-            scene = draw_scene(rng, lambda s: len(s.things) <= MAX_THINGS and not shows(s, held_out_looks))
+            scene = draw_scene(world, rng, lambda s: not is_crowded(s, world) and not shows(s, held_out_looks))
             record = {"id": f"{name}_{index:05d}", "image": f"{name}_{index:05d}.png"}
             scene.image().save(folder / "images" / record["image"])
             if name == "captions":

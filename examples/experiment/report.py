@@ -16,10 +16,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import matplotlib
+from data import WORLDS
 from demo import markdown_table
 from evaluate import get_interval
 from measure import SETS
-from small_world import KINDS
 
 
 matplotlib.use("Agg")
@@ -57,9 +57,10 @@ def find_comparisons(plan: dict[str, Any], done: dict[str, dict]) -> list[tuple[
 
 def make_tables(plan: dict[str, Any], setting: str, done: dict[str, dict]) -> str:
     """Arms, comparisons and visual words of a setting."""
-    columns = [("main", measure) for measure in (*KINDS, "all", "present_found", "absent_denied")]
+    kinds = WORLDS[plan["settings"][setting].get("world", "small")].KINDS
+    columns = [("main", measure) for measure in (*kinds, "all", "present_found", "absent_denied")]
     columns += [(name, "all") for name in SETS[1:]]
-    header = ["arm", "replicates", *KINDS, "all", "present found", "absent denied"]
+    header = ["arm", "replicates", *kinds, "all", "present found", "absent denied"]
     rows = []
     for arm in plan["arms"]:
         measured = [record["arms"][arm] for record in done.values() if arm in record["arms"]]

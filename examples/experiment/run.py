@@ -16,6 +16,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -53,7 +54,9 @@ def main(arguments: list[str] | None = None) -> None:
     if args.size not in plan["sizes"]:
         parser.error(f"--size is {args.size!r}; expected one of {', '.join(plan['sizes'])}")
     results = open_results(args.output / "results.json", plan)
-    write_questions(args.output / "questions", *plan["questions"].values(), plan["held_out_looks"])
+    for world in {get_world(plan, phase["setting"]) for phase in plan["sizes"][args.size]}:
+        folder = get_questions(args.output, world)
+        write_questions(folder, *plan["questions"].values(), plan["held_out_looks"], world)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.processes, context, torch.set_num_threads, (1,)) as pool:
         for phase in plan["sizes"][args.size]:
@@ -79,10 +82,24 @@ def read_plan(path: Path) -> dict[str, Any]:
     return plan | {"recipes": read}
 
 
-def fingerprint(plan: dict[str, Any], setting: str | None = None) -> str:
-    """Of what decides the numbers of a replicate: not how many of them there are, nor what is compared."""
-    names = ("recipes", "every_stage", "held_out_looks", "arms", "visual_tokenizer", "questions")
+def get_world(plan: dict[str, Any], setting: str) -> str:
+    """Where the scenes of a setting are from."""
+    return plan["settings"][setting].get("world", "small")
+
+
+def get_questions(output: Path, world: str) -> Path:
+    """Folder of the questions on scenes of a world."""
+    return output / ("questions" if world == "small" else f"questions_{world}")
+
+
+def fingerprint(plan: dict[str, Any], setting: str | None = None, arms: Iterable[str] = ()) -> str:
+    """
+    Of what decides the numbers of a replicate, and of some arms: not how many there are of either, nor what is
+    compared.
+    """
+    names = ("recipes", "every_stage", "held_out_looks", "visual_tokenizer", "questions")
     decides = {name: plan[name] for name in names} | {"setting": plan["settings"].get(setting)}
+    decides |= {"arms": {arm: plan["arms"].get(arm) for arm in arms}}
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -96,8 +113,9 @@ def open_results(path: Path, plan: dict[str, Any]) -> dict[str, Any]:
     if not path.exists():
         return {"plan": plan, "settings": {}}
     results = json.loads(path.read_text())
-    for setting in results["settings"]:
-        check_plan(path, fingerprint(results["plan"], setting), plan, setting)
+    for setting, done in results["settings"].items():
+        arms = sorted({arm for record in done.values() for arm in record["arms"]})
+        check_plan(path, fingerprint(results["plan"], setting, arms), plan, setting, arms)
     said, changed = results["plan"]["changes"], [name for name in plan if plan[name] != results["plan"].get(name)]
     if changed and (plan["changes"][: len(said)] != said or len(plan["changes"]) == len(said)):
         raise ValueError(
@@ -107,12 +125,14 @@ def open_results(path: Path, plan: dict[str, Any]) -> dict[str, Any]:
     return results | {"plan": plan}
 
 
-def check_plan(path: Path, found: str, plan: dict[str, Any], setting: str | None = None) -> None:
+def check_plan(
+    path: Path, found: str, plan: dict[str, Any], setting: str | None = None, arms: Iterable[str] = ()
+) -> None:
     """
     Raises:
         ValueError: If what is at `path` has another fingerprint than the plan.
     """
-    if found != (expected := fingerprint(plan, setting)):
+    if found != (expected := fingerprint(plan, setting, arms)):
         raise ValueError(
             f"{path} has results of the plan {found}, and this is plan {expected}; expected the same. Replicates of "
             "two plans are not to be mixed: choose another folder with --output."
@@ -195,19 +215,19 @@ class Phase:
 
 def run_start(plan: dict[str, Any], setting: str, replicate: int, output: Path) -> dict[str, Any]:
     """Writes a replicate's data, trains its stages up to III, unless that was done, and measures its visual words."""
-    folder, begun = output / setting / f"{replicate:02d}", time.process_time()
+    folder, begun, world = output / setting / f"{replicate:02d}", time.process_time(), get_world(plan, setting)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "start.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
         if not is_done(folder, plan, setting):
             lines = plan["settings"][setting]
-            write_training_data(folder / "data", lines["data"], plan["held_out_looks"], replicate)
+            write_training_data(folder / "data", lines["data"], plan["held_out_looks"], replicate, world)
             start = None
             for stage in [stage for stage in (1, 2, 3) if f"stage{stage}" in lines]:
                 shutil.rmtree(folder / f"stage{stage}", ignore_errors=True)
                 train.main(write_recipe(plan, setting, stage, folder, f"stage{stage}", start, replicate, {}))
                 start = folder / f"stage{stage}"
             (folder / "done").write_text(fingerprint(plan, setting))
-        measured = measure_words(folder / "stage3", output / "questions")
+        measured = measure_words(folder / "stage3", get_questions(output, world))
         print(f"\n{time.process_time() - begun:.0f} seconds of processor time")
         return measured
 
@@ -227,7 +247,7 @@ def run_arm(plan: dict[str, Any], setting: str, replicate: int, output: Path, ar
             start = add_tokenizer(output / "tokenizer", folder / "stage3", folder / f"{arm}_start")
         train.main(write_recipe(plan, setting, 4, folder, arm, start, replicate, lines))
         middle = time.process_time()
-        measured = measure_arm(trained, output / "questions")
+        measured = measure_arm(trained, get_questions(output, get_world(plan, setting)))
         shutil.rmtree(trained)
         print(f"\n{middle - begun:.0f} + {time.process_time() - middle:.0f} seconds of processor time")
         return measured
