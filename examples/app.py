@@ -82,7 +82,7 @@ class Side:
     """One of two models that are looked at side by side: its settings, and what the page shows of it."""
 
     model: gr.Dropdown
-    features: gr.Radio
+    features: gr.Dropdown
     history: gr.State
     column: gr.Column
     patches: gr.HTML
@@ -144,12 +144,12 @@ def build_page(checkpoints: dict[str, Checkpoint], missing: str, examples: list[
         with gr.Row(elem_id="pictures"):
             tray = gr.HTML(render_tray(examples, 0), js_on_load=PRESS, elem_id="tray")
             upload = gr.UploadButton(
-                "Upload images",
+                "Upload",
                 file_types=["image"],
                 file_count="multiple",
                 type="binary",
                 scale=0,
-                min_width=150,
+                min_width=90,
                 size="md",
                 elem_id="upload",
             )
@@ -165,20 +165,20 @@ def build_page(checkpoints: dict[str, Checkpoint], missing: str, examples: list[
         with gr.Row():
             sides = [build_side(number, *setting) for number, setting in enumerate(settings)]
         with gr.Column(elem_id="bar"):
-            attached = gr.HTML(render_waiting(examples, [0]), elem_id="attached")
             with gr.Row(elem_id="ask"):
                 question = gr.Textbox(
                     label="Question",
                     show_label=False,
+                    container=False,
                     placeholder="Ask about the image",
-                    min_width=100,
                     elem_id="question",
                 )
                 send = gr.Button("Send", variant="primary", scale=0, min_width=80)
                 stop = gr.Button("Stop", variant="stop", scale=0, min_width=80, visible=False)
                 clear = gr.Button("New", scale=0, min_width=60, elem_id="new")
-            with gr.Row(elem_id="suggestions"):
-                suggestions = [(gr.Button(text, size="sm", min_width=100), text) for text in QUESTIONS]
+            with gr.Row(elem_id="hints"):
+                attached = gr.HTML(render_waiting(examples, [0]), elem_id="attached")
+                suggestions = [(gr.Button(text, size="sm"), text) for text in QUESTIONS]
 
         def show(event: Callable) -> None:
             """Lets both sides be looked at anew behind an event."""
@@ -235,15 +235,17 @@ def build_page(checkpoints: dict[str, Checkpoint], missing: str, examples: list[
     return page
 
 
-def make_settings(checkpoints: dict[str, Checkpoint], label: str, choices: list[str]) -> tuple[gr.Dropdown, gr.Radio]:
+def make_settings(
+    checkpoints: dict[str, Checkpoint], label: str, choices: list[str]
+) -> tuple[gr.Dropdown, gr.Dropdown]:
     """What to choose of one side: model and image features."""
     model = gr.Dropdown(choices, value=choices[0], label=label, min_width=150)
-    return model, gr.Radio(
+    return model, gr.Dropdown(
         [REAL, PSEUDO], label="Image features", min_width=150, **get_features(checkpoints, choices[0])
     )
 
 
-def build_side(number: int, model: gr.Dropdown, features: gr.Radio) -> Side:
+def build_side(number: int, model: gr.Dropdown, features: gr.Dropdown) -> Side:
     """One side: the image with its patches, and beside or below it the conversation."""
     with gr.Column(visible=number == 0, min_width=320) as column, gr.Row():
         with gr.Column(min_width=300):
@@ -270,9 +272,9 @@ def get_features(checkpoints: dict[str, Checkpoint], name: str) -> dict:
     return {"value": PSEUDO if checkpoints[name].reads_pseudo_by_default() else REAL, "visible": True}
 
 
-def update_features(checkpoints: dict[str, Checkpoint], name: str) -> gr.Radio:
+def update_features(checkpoints: dict[str, Checkpoint], name: str) -> gr.Dropdown:
     """The choice of image features behind the choice of a model."""
-    return gr.Radio(**get_features(checkpoints, name))
+    return gr.Dropdown(**get_features(checkpoints, name))
 
 
 def look(
@@ -294,7 +296,7 @@ def look(
         logger.exception("An image could not be inspected.")
         return render_message(str(error)), ""
     details = render_details(inspected, patch)
-    title = f"{name} · {features} image features"
+    title = f"{name} · {features} features"
     try:
         return render_patches(inspected, title, view, word, patch), details
     except ValueError as error:  # no such word
@@ -350,8 +352,8 @@ def show_pictures(pictures: list[Picture], waiting: list[int]) -> tuple:
 def render_waiting(pictures: list[Picture], waiting: list[int]) -> str:
     """What goes with the next question."""
     if not waiting:
-        return "<span>Your next question goes on about the images above. Pick one to add it.</span>"
-    return f"<span>With your next question:</span>{render_thumbnails([pictures[index] for index in waiting])}"
+        return "<span>Goes on about the images above</span>"
+    return f"<span>Goes with your question</span>{render_thumbnails([pictures[index] for index in waiting])}"
 
 
 def restart(pictures: list[Picture], looked_at: int) -> tuple:

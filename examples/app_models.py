@@ -31,7 +31,7 @@ DEMOS = (
 MAX_BYTES = 20 * 2**20  # of an upload
 MAX_PIXELS = 40_000_000  # of an upload, decoded
 MAX_SIDE = 2048  # of an image that is kept: no model here reads more
-MAX_NEW_TOKENS = 512
+MAX_NEW_TOKENS = 512  # of an answer
 
 
 class Checkpoint:
@@ -158,9 +158,7 @@ def inspect(checkpoint: Checkpoint, reads_pseudo: bool, picture: Picture) -> Ins
     return inspect_image(model, checkpoint.processor, picture.image, layers=[0], top_k=1)
 
 
-def stream_answer(
-    checkpoint: Checkpoint, reads_pseudo: bool, messages: list[dict], max_new_tokens: int = MAX_NEW_TOKENS
-) -> Iterator[str]:
+def stream_answer(checkpoint: Checkpoint, reads_pseudo: bool, messages: list[dict]) -> Iterator[str]:
     """
     The answer to a conversation that ends with a question, as far as it has been written, again and again. Who stops
     reading ends the generation.
@@ -169,7 +167,6 @@ def stream_answer(
         checkpoint ([`Checkpoint`]): Who answers.
         reads_pseudo (`bool`): Whether from pseudo image features.
         messages (`list[dict]`): The conversation, in the format of chat templates.
-        max_new_tokens (`int`, *optional*, defaults to 512): Where it ends at the latest.
 
     Raises:
         ValueError: If the conversation is longer than what the model reads, or whatever generation raises.
@@ -188,7 +185,7 @@ def stream_answer(
             model.generate(
                 **inputs,
                 streamer=streamer,
-                max_new_tokens=max(min(max_new_tokens, room), 1),
+                max_new_tokens=max(min(MAX_NEW_TOKENS, room), 1),
                 do_sample=False,
                 stopping_criteria=[lambda ids, scores: torch.full((len(ids),), is_stopped.is_set()).to(ids.device)],
             )

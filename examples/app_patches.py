@@ -73,10 +73,12 @@ def render_patches(
         f'{tints[patch]}"><span>{escape(shown[patch])}</span></button>'
         for patch in range(rows * columns)
     ]
+    label = f"{rows} rows and {columns} columns of patches. Arrow keys move, Enter shows a patch."
+    style = f"--columns:{columns};aspect-ratio:{columns}/{rows};background-image:url({encode_uri(inspected.image)})"
     return (
-        f'<p class="side-title">{escape(title)}</p><div class="patches {"tinted" if legend else ""}" role="group" aria-label="{rows} rows and {columns} columns'
-        f' of patches. Arrow keys move, Enter shows a patch." data-columns="{columns}" style="--columns:{columns};'
-        f'aspect-ratio:{columns}/{rows};background-image:url({encode_uri(inspected.image)})">{"".join(buttons)}</div>'
+        f'<p class="side-title">{escape(title)}</p>'
+        f'<div class="patches {"tinted" if legend else ""}" role="group" aria-label="{label}" '
+        f'data-columns="{columns}" style="{style}">{"".join(buttons)}</div>'
         f'{legend}<p class="caption">{escape(caption)}</p>'
     )
 
