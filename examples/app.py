@@ -77,6 +77,12 @@ element.addEventListener("keydown", (event) => {
 """
 
 
+SHOW_DETAILS, SHOW_CHAT = (
+    f"() => document.querySelector('#{name}0').scrollIntoView({{block: 'nearest', behavior: 'smooth'}})"
+    for name in ("details", "chat")
+)
+
+
 @dataclass(frozen=True)
 class Side:
     """One of two models that are looked at side by side: its settings, and what the page shows of it."""
@@ -160,10 +166,10 @@ def build_page(checkpoints: dict[str, Checkpoint], missing: str, examples: list[
             ]
             view = gr.Dropdown([*VIEWS], value=next(iter(VIEWS)), label="Show on patches", min_width=150)
             word = gr.Textbox(label="Where is a word?", placeholder="red", submit_btn="Find", min_width=150)
-        if missing:
-            gr.Markdown(missing, elem_id="missing")
         with gr.Row():
             sides = [build_side(number, *setting) for number, setting in enumerate(settings)]
+        if missing:
+            gr.Markdown(missing, elem_id="missing")
         with gr.Column(elem_id="bar"):
             with gr.Row(elem_id="ask"):
                 question = gr.Textbox(
@@ -204,7 +210,7 @@ def build_page(checkpoints: dict[str, Checkpoint], missing: str, examples: list[
                     [other.model, other.features, pictures, looked_at, patch],
                     other.details,
                     show_progress="hidden",
-                )
+                ).then(None, js=SHOW_DETAILS)
 
         histories, chats = [side.history for side in sides], [side.chat for side in sides]
         conversation = [*histories, *chats, waiting, attached]
@@ -230,6 +236,7 @@ def build_page(checkpoints: dict[str, Checkpoint], missing: str, examples: list[
                 partial(answer, checkpoints), [*models, *histories], answers, show_progress="hidden"
             )
             answered.then(end_answer, None, buttons, show_progress="hidden")
+            asked.success(None, js=SHOW_CHAT)
             answering.append(answered)
         stop.click(end_answer, None, buttons, cancels=answering, show_progress="hidden")
     return page

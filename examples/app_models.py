@@ -200,7 +200,9 @@ def stream_answer(checkpoint: Checkpoint, reads_pseudo: bool, messages: list[dic
     try:
         for piece in streamer:
             text += piece
-            yield text.strip()
+            if streamer.text_queue.empty():  # else there is more to show at once
+                yield text.strip()
+        yield text.strip()
     finally:
         is_stopped.set()
         thread.join()
