@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: demo demo-lavit demo-vlsa experiment test test-long fuzz test-oldest test-peers test-lmms-eval test-vllm test-app mutants lint bench bench-reading clean
+.PHONY: demo demo-lavit demo-vlsa app experiment test test-long fuzz test-oldest test-peers test-lmms-eval test-vllm test-app mutants lint bench bench-reading clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python examples/demo.py
@@ -14,6 +14,11 @@ demo-lavit: $(VENV)/installed
 # VLSA: what high resolution, reconstruction and pixels as text each add on details that a snapshot cannot show.
 demo-vlsa: $(VENV)/installed
 	$(VENV)/bin/python examples/demo_vlsa.py
+
+# A page on this machine, to talk to what the demos have trained. Without a checkpoint of `make demo` that runs first.
+app: $(VENV)/installed
+	test -f runs/small_world/stage4/config.json || $(MAKE) demo
+	$(VENV)/bin/python examples/app.py
 
 # One data set, many supervisions of image positions: `SIZE=quick`, or all of the plan. Both go on from what is there.
 experiment: $(VENV)/installed

@@ -16,14 +16,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from PIL import Image
+from prompt_length import check_length
 from scipy import stats
 from small_world import BACKGROUND_WORD, KINDS, read_held_out
 from tqdm import tqdm
-from transformers import BatchFeature
 
 from modeling_vwlmm import VWLMMForConditionalGeneration
-from modeling_vwlmm.adapters_vwlmm import selects_tokens
-from modeling_vwlmm.dropping_vwlmm import find_kept_positions
 from processing_vwlmm import VWLMMProcessor
 from processing_vwlmm import cognition_alignment as cognition
 from processing_vwlmm.cognition_alignment import parse_indices, parse_pixels
@@ -78,20 +76,6 @@ def answer(
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)  # [B, L + new]
     texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts]
-
-
-def check_length(model: VWLMMForConditionalGeneration, inputs: BatchFeature) -> None:
-    """Raises `ValueError` if prompts are longer than what the LLM reads, where dropped image tokens take no room."""
-    is_read = inputs["attention_mask"].bool()  # [B, L]
-    most = getattr(model.config.text_config, "max_position_embeddings", None) or math.inf
-    if is_read.sum(dim=1).max() > most and "pixel_values" in inputs and selects_tokens(model.config):
-        keep_mask, *_ = model.model.select_tokens(inputs["pixel_values"])  # [I, N]
-        is_read &= find_kept_positions(keep_mask, inputs["input_ids"] == model.config.image_token_id)
-    if (longest := int(is_read.sum(dim=1).max())) > most:
-        raise ValueError(
-            f"A prompt has {longest} tokens, and the model reads {most} at most. Put fewer examples in front of a "
-            "question, or less into a conversation."
-        )
 
 
 def measure_answers(answers: list[str], records: list[dict], kinds: Sequence[str] = KINDS) -> dict[str, float]:

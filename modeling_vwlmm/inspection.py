@@ -113,6 +113,23 @@ class InspectedImage:
         Raises:
             ValueError: If no token of the vocabulary reads as the word.
         """
+        return self._mark_dropped(self.visual_words[:, self._find_tokens(word)].exp().sum(dim=-1))
+
+    def find_near(self, word: str) -> torch.Tensor:
+        """
+        How near a word is: the cosine of its embedding and each image feature, `[N]`, NaN where it is dropped. Of
+        several tokens that read as the word, the nearest.
+
+        Raises:
+            ValueError: If no token of the vocabulary reads as the word.
+        """
+        return self._mark_dropped(self.cosines[:, self._find_tokens(word)].amax(dim=-1))
+
+    def get_text(self, token_id: int) -> str:
+        """A token as it can be shown: without the space before it, and by its name where it has no letters."""
+        return "" if token_id == DROPPED else _read_token(self.tokenizer, token_id)
+
+    def _find_tokens(self, word: str) -> list[int]:
         tokens = [token for token in range(self.visual_words.shape[1]) if self.get_text(token) == word.strip()]
         if not tokens:
             pieces = ", ".join(map(repr, self.tokenizer.tokenize(word))) or "nothing"
@@ -121,11 +138,7 @@ class InspectedImage:
                 f"{self.visual_words.shape[1]} tokens. The tokenizer makes {pieces} of it: try one of these, or "
                 "another word."
             )
-        return self._mark_dropped(self.visual_words[:, tokens].exp().sum(dim=-1))
-
-    def get_text(self, token_id: int) -> str:
-        """A token as it can be shown: without the space before it, and by its name where it has no letters."""
-        return "" if token_id == DROPPED else _read_token(self.tokenizer, token_id)
+        return tokens
 
     def _mark_dropped(self, values: torch.Tensor) -> torch.Tensor:
         return values.masked_fill(~self.keep_mask, torch.nan)

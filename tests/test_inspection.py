@@ -58,6 +58,7 @@ def test_find_word_sums_the_tokens_that_read_as_it(inspected):
     torch.testing.assert_close(inspected.find_word(f" {word}"), inspected.visual_words[:, tokens].exp().sum(dim=-1))
     with pytest.raises(ValueError, match="No token reads 'zzzyx'.*tokenizer makes"):
         inspected.find_word("zzzyx")
+    torch.testing.assert_close(inspected.find_near(word), inspected.cosines[:, tokens].amax(dim=-1))
 
 
 def test_patches_of_high_resolution_change_what_is_read(perceiving):
