@@ -4,8 +4,13 @@ The larger world: scenes of the small world's kind in which more can be seen and
 Up to six things lie at six places, have textures, and cover one another. Beside the questions of the small world there
 are those for a texture, for what is next to a thing in a direction, and for what is covered. Pictures and patches have
 the same sizes, and all that reads a `Scene` reads these.
+
+    python examples/larger_world.py scenes.png
+
+draws twelve of them.
 """
 
+import argparse
 import random
 from dataclasses import dataclass, replace
 from itertools import product
@@ -176,3 +181,21 @@ def arrange(rng: random.Random, attributes: list[dict[str, str]]) -> LargerScene
         owners = scene.find_owners(WORD_PIXELS).tolist()
         if is_plain and all(owners.count(index) >= len(thing.words) for index, thing in enumerate(scene.things)):
             return scene
+
+
+def draw(path: str, columns: int = 6, rows: int = 2, scale: int = 2, gap: int = 8) -> None:
+    """Writes a picture of some scenes of three things or more."""
+    rng, side = random.Random(3), scale * IMAGE_SIZE
+    picture = Image.new("RGB", (columns * (side + gap) + gap, rows * (side + gap) + gap), "white")
+    for row, column in product(range(rows), range(columns)):
+        while len((scene := random_scene(rng)).things) < 3:
+            pass
+        image = scene.image().resize((side, side), Image.Resampling.NEAREST)
+        picture.paste(image, (column * (side + gap) + gap, row * (side + gap) + gap))
+    picture.save(path)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("picture", help="file to write")
+    draw(parser.parse_args().picture)
