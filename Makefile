@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: demo demo-lavit demo-vlsa experiment test test-long fuzz test-oldest test-peers test-lmms-eval test-vllm mutants lint bench bench-reading clean
+.PHONY: demo demo-lavit demo-vlsa experiment docs test test-docs test-long fuzz test-oldest test-peers test-lmms-eval test-vllm mutants lint bench bench-reading clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python examples/demo.py
@@ -22,6 +22,14 @@ experiment: $(VENV)/installed
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2
+
+# The documentation, as a site that opens without a server and without network: runs/site/index.html.
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
+
+# The site: built strictly, its links followed, opened in Debian's chromium. And both notebooks, executed.
+test-docs: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/docs
 
 # Records and images that nobody would write, a hundred times as many as `make test` tries.
 fuzz: $(VENV)/installed
