@@ -3,7 +3,7 @@
 """
 What the site adds to the pages of `docs/`, which are read on GitHub as well.
 
-- Pages of the API reference, one for each `reference/MODULE.md` in the navigation, made from docstrings, and their list.
+- Pages of the API reference, one for each `reference/MODULE.md` in the navigation, made of docstrings; and their list.
 - The pages that lie at the top of the repository: CONTRIBUTING.md and CHANGELOG.md.
 - Links out of `docs/`: to these pages, or to the file in the repository where it has none.
 """
@@ -43,7 +43,8 @@ def list_reference(nav: list) -> str:
     for module in list_modules(nav):
         text = ast.get_docstring(ast.parse(find_file(module).read_text())) or ""
         first = re.split(r"(?<=\.)\s|\n\n", text)[0].replace("\n", " ")
-        rows.append(f"| [`{module}`]({module}.md) | {re.sub(r'\[(`[^`]*`)\]', r'\1', first)} |")
+        first = re.sub(r"\[(`[^`]*`)\]", r"\1", first)  # what a docstring links to
+        rows.append(f"| [`{module}`]({module}.md) | {first} |")
     return "\n".join(("# API reference", "", "| module | what |", "|---|---|", *rows, ""))
 
 
