@@ -49,6 +49,7 @@ from modeling_vwlmm import (
     VWLMMVisualTokenizer,
     VWLMMVisualTokenizerConfig,
     adapters_vwlmm,
+    inspection,
     loss_vwlmm,
     objectives_vwlmm,
     outputs_vwlmm,
@@ -124,7 +125,8 @@ class Claim(NamedTuple):
     expression: str
 
 
-ALL_STAGES = 'VWLMMForConditionalGeneration.from_pretrained("{}").config.trained_stages == [1, 2, 3, 4]'
+LOAD = '__import__("modeling_vwlmm").VWLMMForConditionalGeneration.from_pretrained("{}")'
+ALL_STAGES = LOAD + ".config.trained_stages == [1, 2, 3, 4]"
 CLAIMS = [
     Claim(
         "README.md",
@@ -135,7 +137,7 @@ CLAIMS = [
     Claim("docs/quickstart.md", "top_k=3", "words.token_ids.shape == words.probabilities.shape == (1, 16, 3)"),
     Claim("docs/quickstart.md", "top_k=3", "nearest.shape == (1, 16)"),
     Claim("docs/quickstart.md", "inspect_image(", "inspected.grid == (4, 4) and inspected.get_kl().min() >= 0"),
-    Claim("README.md", "conversion", 'VWLMMForConditionalGeneration.from_pretrained("path/to/output")'),
+    Claim("README.md", "conversion", LOAD.format("path/to/output")),
     Claim("README.md", "accelerate launch", ALL_STAGES.format("runs/vicuna_7b/stage4")),
     Claim(
         "docs/change_the_method.md",
@@ -484,7 +486,7 @@ class Names:
 
     def __init__(self, model: VWLMMForConditionalGeneration, logged: set[str]):
         modules = (
-            *(modeling_vwlmm, processing_vwlmm, adapters_vwlmm, loss_vwlmm, objectives_vwlmm),
+            *(modeling_vwlmm, processing_vwlmm, adapters_vwlmm, inspection, loss_vwlmm, objectives_vwlmm),
             *(transformers, trl, peft, builtins),
         )
         functions = (
@@ -501,6 +503,7 @@ class Names:
         )
         dataclass_types = (
             *(VWLMMTrainingArguments, import_example("train").ScriptArguments, ModelConfig, peft.LoraConfig),
+            inspection.InspectedImage,
             *(value for value in vars(outputs_vwlmm).values() if dataclasses.is_dataclass(value)),
         )
         self.quoted = {*objectives_vwlmm.OBJECTIVES, *METHODS, *chat_templates_vwlmm.CHAT_TEMPLATES, *MODULES}
