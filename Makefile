@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: demo demo-lavit demo-vlsa experiment docs test test-docs test-long fuzz test-oldest test-peers test-lmms-eval test-vllm mutants lint bench bench-reading clean
+.PHONY: demo demo-lavit demo-vlsa experiment docs test test-docs test-long fuzz test-oldest test-peers test-lmms-eval test-vllm test-app browser mutants lint bench bench-reading clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python examples/demo.py
@@ -27,8 +27,8 @@ test: $(VENV)/installed
 docs: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
 
-# The site: built strictly, its links followed, opened in Debian's chromium. And both notebooks, executed.
-test-docs: $(VENV)/installed
+# The site: built strictly, its links followed, opened in a browser. And both notebooks, executed.
+test-docs: $(VENV)/installed browser
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/docs
 
 # Records and images that nobody would write, a hundred times as many as `make test` tries.
@@ -85,6 +85,15 @@ $(VENV)-lmms-eval/installed: pyproject.toml constraints.txt constraints-lmms-eva
 	$(VENV)-lmms-eval/bin/python -m pip install --no-deps --requirement constraints-lmms-eval.txt
 	touch $@
 
+# Pages in a browser, by mouse, finger and keyboard. Screenshots are left in runs/screenshots to be looked at.
+test-app: $(VENV)/installed browser
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/app
+
+browser: $(VENV)/installed
+	@command -v chromium > /dev/null || ls $$HOME/.cache/ms-playwright/chromium* > /dev/null 2>&1 || \
+		{ test "$$(id -u)" = 0 && apt-get install -y chromium; } || \
+		{ echo 'These tests need a browser: install chromium, or run $(VENV)/bin/playwright install chromium'; exit 1; }
+
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -101,6 +110,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or later is needed, $(PYTHON) is {sys.version.split()[0]}")'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --constraint constraints.txt --editable '.[app,dev,docs,examples]'
+	$(VENV)/bin/python -m pip install --constraint constraints.txt --no-deps latentlens  # its torchvision may not fit torch
 	touch $@
 
 clean:

@@ -27,10 +27,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import train
-from evaluate import answer_questions, draw, get_interval, measure_answers, measure_patches, read_patches
+from evaluate import answer_questions, get_interval, measure_answers, measure_patches, read_patches
 from small_world import KINDS, read_held_out, write_llava_dataset
 
 from modeling_vwlmm import VWLMMForConditionalGeneration
+from modeling_vwlmm.inspection import inspect_image
+from modeling_vwlmm.visualization import draw_visual_words
 from processing_vwlmm import VWLMMProcessor
 
 
@@ -92,7 +94,7 @@ def main() -> None:
             job.result()
             jobs[name] = pool.submit(read, ARMS[name][0])
         readings = {name: job.result() for name, job in jobs.items()}
-    draw_samples(records, readings[STAGE4])
+    draw_samples(records, readings[STAGE4].answers)
     asked = {name: reading.answers for name, reading in readings.items() if reading.answers}
     nearest = {name: measure_patches(reading.nearest_tokens, records) for name, reading in readings.items()}
     del nearest[PSEUDO]  # its adapter is that of the others
@@ -177,18 +179,21 @@ def choose_stage3(rate: str, passes: str) -> None:
         train.main(["--config", str(RECIPES / "stage3.yaml"), *options])
 
 
-def draw_samples(records: list[dict], reading: Reading) -> None:
-    """Draws one held-out image for each of four kinds of question: the first of its kind, right or wrong."""
-    shown = [
-        next(i for i, r in enumerate(records) if r["kind"] == k) for k in ("describe", "where", "count", "colour")
-    ]
-    draw(
-        RUNS / "picture.png",
-        [records[i] for i in shown],
-        reading.nearest_tokens[shown],
-        reading.visual_words[shown],
-        [reading.answers[i] for i in shown],
-    )
+def draw_samples(records: list[dict], answers: list[str]) -> None:
+    """
+    Draws what stage IV says of one held-out image for each of four kinds of question: the first of its kind, answered
+    rightly or wrongly.
+    """
+    model = VWLMMForConditionalGeneration.from_pretrained(RUNS / "stage4").eval()
+    processor = VWLMMProcessor.from_pretrained(RUNS / "stage4")
+    images, captions = [], []
+    for kind in ("describe", "where", "count", "colour"):
+        record, answer = next(pair for pair in zip(records, answers, strict=True) if pair[0]["kind"] == kind)
+        images.append(inspect_image(model, processor, record["image"]))
+        verdict = "right" if answer == record["answer"] else f"wrong, it is: {record['answer']}"
+        captions.append(f"{record['question']}\n{answer} ({verdict})")
+    figure = draw_visual_words(images, ("image", "nearest_tokens", "visual_words"), captions)
+    figure.savefig(RUNS / "picture.png", dpi=90)
 
 
 def answer_table(accuracies: dict[str, dict[str, float]], records: list[dict]) -> str:

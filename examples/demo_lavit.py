@@ -16,7 +16,6 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 import train
@@ -24,16 +23,12 @@ from demo import answer_table, log_to, markdown_table
 from evaluate import answer_questions, measure_answers
 from few_shot import answer_with_examples, read_examples
 from PIL import Image
-from small_world import COLOURS, PATCH_SIZE, SHAPES, read_held_out, write_llava_dataset
+from small_world import COLOURS, PATCHES_PER_SIDE, SHAPES, read_held_out, write_llava_dataset
 from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer
 
 from modeling_vwlmm import VWLMMForConditionalGeneration, VWLMMVisualTokenizer
+from modeling_vwlmm.visualization import CodedImage, draw_codes, draw_kept
 from processing_vwlmm import VWLMMProcessor
-
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.patches import Rectangle
 
 
 RECIPES = Path("examples/recipes/small_world_lavit")
@@ -161,8 +156,11 @@ def measure_tokenizer(
             **{f"patches of a code that agree on {k}": f"{v:.3f}" for k, v in agree(tokens, words).items()},
         }
         if selection == "threshold":
-            draw_kept(output / "kept.png", kept, records)
-            draw_codes(output / "codes.png", tokens, records)
+            codes = torch.full(kept.shape, -1).masked_scatter(kept, tokens.code_ids)  # [I, N]
+            grid = (PATCHES_PER_SIDE, PATCHES_PER_SIDE)
+            images = [CodedImage(r["image"], grid, own) for r, own in zip(records, codes, strict=True)]
+            draw_kept(images[:8]).savefig(output / "kept.png")
+            draw_codes(images).savefig(output / "codes.png")
     generator = torch.Generator().manual_seed(0)
     random = torch.rand(kept.shape, generator=generator) < tokenizer.config.keep_rate  # [I, N]
     tokens = tokenizer.encode(patch_features=features, keep_mask=random)
@@ -301,44 +299,6 @@ def time_steps(
     model.eval()
     medians = {name: float(np.median(values)) for name, values in times.items()}
     return {name: medians[name] / medians["mlp"] for name in ("text", "text and codes")}
-
-
-def draw_kept(file: Path, kept: torch.Tensor, records: list[dict], num_images: int = 8) -> None:
-    """Held-out images, and below each the patches that are kept of it (figure 3 of the paper)."""
-    figure, axes = plt.subplots(2, num_images, figsize=(1.6 * num_images, 3.6))
-    for index in range(num_images):
-        image = np.asarray(Image.open(records[index]["image"]))
-        mask = kept[index].reshape(8, 8).numpy().repeat(PATCH_SIZE, 0).repeat(PATCH_SIZE, 1)
-        axes[0, index].imshow(image)
-        axes[1, index].imshow(np.where(mask[..., None], image, 255))
-        axes[1, index].set_xlabel(f"{int(kept[index].sum())} of 64")
-        for axis in axes[:, index]:
-            axis.set(xticks=[], yticks=[])
-    figure.tight_layout()
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
-
-
-def draw_codes(file: Path, tokens: object, records: list[dict], num_codes: int = 8, num_patches: int = 6) -> None:
-    """Patches that share a code, each with its surroundings: a row for each of the most frequent codes."""
-    places = tokens.keep_mask.nonzero().tolist()
-    by_code: dict[int, list] = {}
-    for place, code in zip(places, tokens.code_ids.tolist(), strict=True):
-        by_code.setdefault(code, []).append(place)
-    frequent = sorted(by_code, key=lambda code: (-len(by_code[code]), code))[:num_codes]
-    figure, axes = plt.subplots(num_codes, num_patches, figsize=(1.3 * num_patches, 1.3 * num_codes))
-    for row, code in zip(axes, frequent, strict=True):
-        chosen = by_code[code][:: max(len(by_code[code]) // num_patches, 1)][:num_patches]
-        for axis, (image, patch) in zip(row, chosen, strict=True):
-            axis.imshow(np.asarray(Image.open(records[image]["image"])))
-            top, left = divmod(patch, 8)
-            corner = (left * PATCH_SIZE - 0.5, top * PATCH_SIZE - 0.5)
-            axis.add_patch(Rectangle(corner, PATCH_SIZE, PATCH_SIZE, fill=False, edgecolor="white", linewidth=2))
-            axis.set(xticks=[], yticks=[])
-        row[0].set_ylabel(f"code {code}")
-    figure.tight_layout()
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

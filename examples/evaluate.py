@@ -12,14 +12,12 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from PIL import Image
 from scipy import stats
-from small_world import BACKGROUND_WORD, KINDS, PATCH_SIZE, PATCHES_PER_SIDE, read_held_out
+from small_world import BACKGROUND_WORD, KINDS, read_held_out
 from tqdm import tqdm
 from transformers import BatchFeature
 
@@ -30,10 +28,6 @@ from processing_vwlmm import VWLMMProcessor
 from processing_vwlmm import cognition_alignment as cognition
 from processing_vwlmm.cognition_alignment import parse_indices, parse_pixels
 from processing_vwlmm.vq_indices import VQIndices
-
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 
 BATCH_SIZE = 50
@@ -242,35 +236,6 @@ def measure_patches(words: np.ndarray, records: list[dict]) -> dict[str, float]:
         "background": np.mean(on_background),
         "separated": np.mean(on_background + on_object),
     }
-
-
-def draw(path: Path, records: list[dict], nearest: np.ndarray, visual: np.ndarray, answers: list[str]) -> None:
-    """
-    Writes a picture: each image beside its nearest tokens and its visual words, with one answered question below.
-
-    Args:
-        path (`Path`): File to write.
-        records (`list[dict]`): The records of the `I` images to draw.
-        nearest (`np.ndarray` of shape `[I, N]`): Nearest token of each patch.
-        visual (`np.ndarray` of shape `[I, N]`): Most probable visual word of each patch.
-        answers (`list[str]`): The model's answer to each record's question.
-    """
-    figure = plt.figure(figsize=(12, 4.4 * len(records)), layout="constrained")
-    titles = ("held-out image", "nearest tokens", "most probable visual words")
-    rows = figure.subfigures(len(records), 1, squeeze=False)[:, 0]
-    for row, record, nearest_words, visual_words, answer in zip(rows, records, nearest, visual, answers, strict=True):
-        image = Image.open(record["image"])
-        for axis, title, words in zip(row.subplots(1, 3), titles, ((), nearest_words, visual_words), strict=True):
-            axis.set_title(title)
-            axis.axis("off")
-            axis.imshow(image, alpha=0.35 if len(words) else 1, interpolation="nearest")
-            for patch, word in enumerate(words):
-                y, x = divmod(patch, PATCHES_PER_SIDE)
-                axis.text((x + 0.5) * PATCH_SIZE, (y + 0.5) * PATCH_SIZE, word, ha="center", va="center", fontsize=6)
-        verdict = "right" if answer == record["answer"] else f"wrong, it is: {record['answer']}"
-        row.supxlabel(f"{record['question']}\n{answer}\n({verdict})", fontsize=10)
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -24,11 +24,12 @@ from typing import Any
 
 import torch
 from PIL import Image
-from reconstruct import draw, load, paint
+from reconstruct import load, paint
 
 from modeling_vwlmm import VWLMMConfig, VWLMMForConditionalGeneration, VWLMMVisualTokenizer
 from modeling_vwlmm.training.denoisers import Pretrained, import_diffusers
 from modeling_vwlmm.training.reconstruction import get_conditions
+from modeling_vwlmm.visualization import to_pixels
 from processing_vwlmm import VWLMMProcessor
 
 
@@ -281,7 +282,7 @@ def main(args: list[str] | None = None) -> None:
         reconstructor = painter.training_modules["reconstruction"]
         generator, sides = torch.Generator().manual_seed(options.seed), [reconstructor.size] * 2
         drawn = paint(reconstructor, condition(painter, features), sides, options.steps, generator)  # [1, 3, H, W]
-        picture = draw([drawn])
+        picture = Image.fromarray(to_pixels(drawn)[0])
     picture.save(options.output)
     print(f"{options.output}: {len(codes)} codes of {tokenizer.config.num_patches} at most, {options.prompt!r}")
 

@@ -12,7 +12,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -22,10 +21,8 @@ from modeling_vwlmm.objectives_vwlmm import parse_objectives
 from modeling_vwlmm.training import attach_training_modules
 from modeling_vwlmm.training.reconstruction import Reconstructor, get_conditions, get_normalization, make_pictures
 from modeling_vwlmm.training.training_modules import FOLDER
+from modeling_vwlmm.visualization import draw_reconstructions
 from processing_vwlmm import VWLMMProcessor
-
-
-GAP = 4  # pixels between images
 
 
 def load(checkpoint: str, **changes: str | None) -> tuple[VWLMMForConditionalGeneration, VWLMMProcessor]:
@@ -127,21 +124,6 @@ def paint(
     return reconstructor.decode(z_t)
 
 
-def draw(pictures: Sequence[torch.Tensor]) -> Image.Image:
-    """One picture of all: a row for each, `[columns, 3, H, W]` from -1 to 1."""
-    columns = pictures[0].shape[0]
-    width = columns * (max(row.shape[-1] for row in pictures) + GAP) - GAP
-    height = sum(row.shape[-2] + GAP for row in pictures) - GAP
-    canvas = np.full((height, width, 3), 255, dtype=np.uint8)
-    y, step = 0, (width + GAP) // columns
-    for row in pictures:
-        values = ((row + 1) * 127.5).round().clamp(0, 255).byte().movedim(1, -1).cpu().numpy()  # [columns, H, W, 3]
-        for column, one in enumerate(values):
-            canvas[y : y + one.shape[0], column * step : column * step + one.shape[1]] = one
-        y += values.shape[1] + GAP
-    return Image.fromarray(canvas)
-
-
 def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="folder of a checkpoint that was trained with `reconstruction`")
@@ -158,7 +140,7 @@ def main(args: list[str] | None = None) -> None:
     model, processor = load(options.checkpoint, vae=options.vae, denoiser=options.denoiser)
     images = processor.image_processor.fetch_images(options.images)
     pictures = reconstruct(model.to(options.device), processor, images, options.steps, options.seed)
-    draw(pictures).save(options.output)
+    draw_reconstructions(pictures).savefig(options.output)
     print(f"{options.output}: {len(images)} rows of original, VAE, and what is drawn from the image features")
 
 

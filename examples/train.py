@@ -15,13 +15,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from accelerate.utils import patch_environment
 from check import CheckingReader, check, make_model, make_model_with_tokenizer, make_tokenizer
 from datasets import Dataset
 from datasets.fingerprint import Hasher
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.integrations import unset_hf_deepspeed_config
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
@@ -101,6 +102,13 @@ class ScriptArguments:
     pseudo_image_feature_temperature: float | None = field(
         default=None,
         metadata={"help": "Temperature of the visual words in pseudo image features. By default as before."},
+    )
+    visual_words_images: list[str] | None = field(
+        default=None,
+        metadata={"help": "Images whose visual words are drawn while the run goes on, into its folder `figures`."},
+    )
+    visual_words_steps: int = field(
+        default=500, metadata={"help": "Steps between figures of `visual_words_images`. The last step has one, too."}
     )
     check: bool = field(
         default=False, metadata={"help": "A dry run: print what the recipe makes of its data, and train nothing."}
@@ -255,6 +263,24 @@ def read_adapter(script_args: ScriptArguments) -> dict[str, Any]:
     return adapter if options is None else {**adapter, "adapter_config": options}
 
 
+def read_visual_words(script_args: ScriptArguments) -> Callable[[VWLMMTrainer], TrainerCallback] | None:
+    """
+    What makes the callback that draws visual words, if a recipe asks for it, before data and weights are read.
+
+    Raises:
+        FileNotFoundError: If an image does not exist.
+        ImportError: If matplotlib is not installed.
+    """
+    images = script_args.visual_words_images
+    if not images:
+        return None
+    from modeling_vwlmm.visualization import LogsVisualWords  # an optional dependency
+
+    if missing := [image for image in images if not os.path.isfile(image)]:
+        raise FileNotFoundError(f"`visual_words_images` has {', '.join(missing)}; expected paths of image files.")
+    return partial(LogsVisualWords, images=images, steps=script_args.visual_words_steps)
+
+
 def read_config_changes(script_args: ScriptArguments) -> dict[str, Any]:
     """
     Fields of the model's config that a recipe sets, of which any model has all.
@@ -315,6 +341,7 @@ def main(args: list[str] | None = None) -> None:
     parser = TrlParser((ScriptArguments, VWLMMTrainingArguments, ModelConfig))
     script_args, training_args, model_args = parser.parse_args_and_config(args)
     changes = read_config_changes(script_args)
+    make_visual_words = read_visual_words(script_args)
     set_seed(training_args.seed)  # stage I draws adapter and VM head
     if script_args.check:
         sys.exit(_check(script_args, training_args, model_args))
@@ -333,6 +360,8 @@ def main(args: list[str] | None = None) -> None:
         processing_class=processor,
         **({} if training_args.trains_tokenizer else {"peft_config": get_peft_config(model_args)}),
     )
+    if make_visual_words is not None:
+        trainer.add_callback(make_visual_words(trainer))
     # An interrupted run goes on from its last checkpoint that is whole, or from the one that is asked for.
     checkpoint = training_args.resume_from_checkpoint or find_last_checkpoint(training_args.output_dir)
     trainer.train(resume_from_checkpoint=checkpoint)

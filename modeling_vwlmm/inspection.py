@@ -98,11 +98,12 @@ class InspectedImage:
 
     def get_kl(self) -> torch.Tensor:
         """`KL(P' || Q)` of each patch in nats, the loss of stage IV (equation 6): `[N]`, NaN where it is dropped."""
-        return self._mark_dropped((self.visual_words.exp() * (self.visual_words - self.predictions)).sum(dim=-1))
+        words = self.visual_words.exp()
+        return self._mark_dropped((torch.xlogy(words, words) - words * self.predictions).sum(dim=-1))
 
     def get_entropy(self) -> torch.Tensor:
         """Entropy of each patch's visual words in nats: `[N]`, NaN where it is dropped."""
-        return self._mark_dropped(-(self.visual_words.exp() * self.visual_words).sum(dim=-1))
+        return self._mark_dropped(torch.special.entr(self.visual_words.exp()).sum(dim=-1))
 
     def find_word(self, word: str) -> torch.Tensor:
         """
@@ -154,7 +155,8 @@ def inspect_image(
         [`InspectedImage`]
 
     Raises:
-        ValueError: If a layer does not exist, or the decoder has no final norm to read layers with.
+        ValueError: If a layer does not exist, if the vocabulary has fewer tokens than `top_k`, or the decoder has no
+            final norm to read layers with.
     """
     decoder = model.model.language_model
     num_layers = model.config.text_config.num_hidden_layers
@@ -163,6 +165,11 @@ def inspect_image(
     if missing := [layer for layer in layers if not 0 <= layer <= num_layers]:
         raise ValueError(
             f"`layers` has {missing}; expected numbers from 0 to {num_layers}, the layers of the decoder."
+        )
+    num_tokens = model.config.text_config.vocab_size
+    if not 1 <= top_k <= num_tokens:
+        raise ValueError(
+            f"`top_k` is {top_k}; expected a number from 1 to {num_tokens}, the tokens of the vocabulary."
         )
     if not hasattr(decoder, "norm"):
         raise ValueError(

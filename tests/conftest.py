@@ -10,6 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -17,6 +18,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 
 if not torch.cuda.is_available():
@@ -25,6 +29,7 @@ if not torch.cuda.is_available():
 from transformers import (
     AutoModelForCausalLM,
     CLIPConfig,
+    CLIPImageProcessor,
     CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -34,6 +39,7 @@ from transformers import (
     GemmaConfig,
     LlamaConfig,
     MistralConfig,
+    PreTrainedTokenizerFast,
     Qwen3Config,
     SiglipVisionConfig,
     SiglipVisionModel,
@@ -168,6 +174,33 @@ def tiny_text(kind: str, **overrides):
         "gemma3": lambda: Gemma3TextConfig(**size, head_dim=8, sliding_window=16),
     }
     return AutoModelForCausalLM.from_config(configs[kind]())
+
+
+@pytest.fixture(scope="session")
+def make_model_of_words(tmp_path_factory) -> Callable[..., tuple[VWLMMForConditionalGeneration, VWLMMProcessor]]:
+    """Makes random models, with their processors, whose vocabulary is some words behind six that a prompt needs."""
+
+    def make(words: list[str], num_layers: int = 2, **vision: int) -> tuple:
+        words = ["<unk>", "<s>", "</s>", "<pad>", "USER", "ASSISTANT", *words]
+        tokenizer = Tokenizer(WordLevel({word: token for token, word in enumerate(words)}, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = Whitespace()
+        special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+        torch.manual_seed(0)
+        tower = tiny_vision("clip", **vision)
+        side = tower.config.image_size
+        folder = str(tmp_path_factory.mktemp("words"))
+        CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side).save_pretrained(folder)
+        tower.name_or_path = folder
+        processor = VWLMMProcessor.from_vision_text_pretrained(
+            tower, PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+        )
+        text = tiny_text("llama", vocab_size=len(words), num_hidden_layers=num_layers, max_position_embeddings=1024)
+        model = VWLMMForConditionalGeneration.from_vision_text_pretrained(
+            tower, text, image_token_index=processor.image_token_id
+        )
+        return model.eval(), processor
+
+    return make
 
 
 LONG = pytest.mark.skipif("LONG" not in os.environ, reason="only in `make test-long`")

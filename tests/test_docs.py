@@ -50,9 +50,11 @@ from modeling_vwlmm import (
     VWLMMVisualTokenizerConfig,
     adapters_vwlmm,
     inspection,
+    lens,
     loss_vwlmm,
     objectives_vwlmm,
     outputs_vwlmm,
+    visualization,
 )
 from modeling_vwlmm.training.stages import METHODS, MODULES
 from modeling_vwlmm.training.training_modules import FOLDER as TRAINING_MODULES
@@ -153,6 +155,9 @@ CLAIMS = [
     ),
     Claim("docs/from_llava.md", "runs/from_llava/stage4", ALL_STAGES.format("runs/from_llava/stage4")),
     Claim("docs/lavit.md", "webdataset", "tokenizer.config.threshold and model.config.trained_stages == ['lavit-2']"),
+    Claim("docs/lens.md", "modeling_vwlmm.lens", 'os.path.getsize("lens.html") > 10_000'),
+    Claim("docs/lens.md", "get_top_words", "words.token_ids.shape == words.values.shape == (16, 3)"),
+    Claim("docs/lens.md", "build_index", "len(neighbours) == 16 and neighbours[0][0].caption in captions"),
     Claim("docs/training.md", "stage=1", "trainer.model.config.trained_stages == [1]"),
     Claim("docs/training.md", "stage=1", 'os.path.isfile("runs/stage1/model.safetensors")'),
     Claim(
@@ -162,6 +167,12 @@ CLAIMS = [
     ),
     Claim("docs/training.md", "merge_and_unload", ALL_STAGES.format("runs/stage4")),
     Claim("docs/training.md", "DPOTrainer(", "trainer.state.global_step > 0"),
+    Claim("docs/visualization.md", "draw_image(", 'os.path.isfile("words.png")'),
+    Claim(
+        "docs/visualization.md",
+        "--visual_words_images",
+        'os.listdir("runs/small_world/stage4/figures") == ["step_000001.png"]',
+    ),
     Claim("docs/vlsa.md", "llavar_422k", 'len(own) == sum("image" in record for record in records) > 0'),
     Claim(
         "docs/vlsa.md",
@@ -367,6 +378,8 @@ class TestBlocks:
     @pytest.mark.parametrize("page", BLOCKS)
     def test_run(self, page, read):
         """Those that run, in the order of the page."""
+        if page == "docs/lens.md":
+            pytest.importorskip("latentlens")  # the Makefile installs it, for the pinned versions alone
         blocks = [block for block in BLOCKS[page] if block.kind in ("python", "shell", "recipe")]
         orders = []
         for block in blocks:
@@ -486,7 +499,7 @@ class Names:
 
     def __init__(self, model: VWLMMForConditionalGeneration, logged: set[str]):
         modules = (
-            *(modeling_vwlmm, processing_vwlmm, adapters_vwlmm, inspection, loss_vwlmm, objectives_vwlmm),
+            *(modeling_vwlmm, processing_vwlmm, adapters_vwlmm, inspection, loss_vwlmm, objectives_vwlmm, visualization),
             *(transformers, trl, peft, builtins),
         )
         functions = (
@@ -589,8 +602,9 @@ class TestSentences:
     def test_options_and_files_exist(self, page, capsys):
         parser = TrlParser((import_example("train").ScriptArguments, VWLMMTrainingArguments, ModelConfig))
         required = ["--json_file", "x", "--image_folder", "x", "--output_dir", "x", "--stage", "4", "--use_cpu"]
-        with pytest.raises(SystemExit):
-            import_example("push_to_hub").main(["--help"])
+        for main in (import_example("push_to_hub").main, lens.main):
+            with pytest.raises(SystemExit):
+                main(["--help"])
         known = set(re.findall(r"--\w+", capsys.readouterr().out)) | parser._option_string_actions.keys()
         for span in SPANS[page]:
             if span.startswith("--"):

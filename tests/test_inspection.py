@@ -89,3 +89,15 @@ def test_refusals(vicuna, processor):
     model = VWLMMForConditionalGeneration.from_pretrained(vicuna)
     with pytest.raises(ValueError, match=r"`layers` has \[9\]; expected numbers from 0 to 3"):
         inspect_image(model, processor, make_image(1), layers=[1, 9])
+    with pytest.raises(ValueError, match=r"`top_k` is 481; expected a number from 1 to 480"):
+        inspect_image(model, processor, make_image(1), top_k=481)
+
+
+def test_a_word_for_certain_has_no_entropy(vicuna):
+    """Probabilities that are too small for a float are 0, and neither NaN nor a reason for one."""
+    model = VWLMMForConditionalGeneration.from_pretrained(vicuna, visual_word_temperature=1e-4)
+    found = inspect_image(model, VWLMMProcessor.from_pretrained(vicuna), make_image(3))
+    assert (found.visual_words == -torch.inf).any()
+    torch.testing.assert_close(found.get_entropy(), torch.zeros(16))
+    (words,) = found.get_top_words().token_ids.T  # [N]
+    torch.testing.assert_close(found.get_kl(), -found.predictions[range(16), words])

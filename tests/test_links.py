@@ -84,7 +84,7 @@ class TestFigures:
         lines = (ROOT / "README.md").read_text().splitlines()
         assert len(lines) < 160
         first = "\n".join(lines[:25])
-        assert "docs/visual_words.png" in first and "| all " in first
+        assert "docs/one_image.png" in first and "| all " in first
 
     def test_rows_of_results_are_filled(self):
         tables = read_tables("docs/results.md")
