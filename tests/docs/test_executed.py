@@ -32,7 +32,7 @@ def runs(tmp_path_factory) -> Path:
         patch.setenv("VWLMM_NOTEBOOK_SHARE", "0.01")
         patch.setenv("VWLMM_NOTEBOOK_RUNS", str(folder))
         shown = execute("train_small_world")
-    assert shown.count("image/png") == 5  # a scene, two grids of words, two maps
+    assert shown.count("image/png") == 3  # a scene, words, where one of them is
     return folder
 
 
@@ -42,7 +42,7 @@ def test_train_small_world(runs):
 
 def test_inspect_checkpoint(runs, monkeypatch):
     monkeypatch.setenv("VWLMM_NOTEBOOK_CHECKPOINT", str(runs / "stage4"))
-    assert execute("inspect_checkpoint").count("image/png") == 7  # the image, three grids of words, three maps
+    assert execute("inspect_checkpoint").count("image/png") == 5  # the image, words, entropy, where one is, a patch
 
 
 def test_inspect_a_checkpoint_of_lavit(tmp_path, monkeypatch):
@@ -50,4 +50,4 @@ def test_inspect_a_checkpoint_of_lavit(tmp_path, monkeypatch):
     convert_lavit_checkpoint(GOLDEN / "lavit" / "checkpoint", tmp_path)
     monkeypatch.setenv("VWLMM_NOTEBOOK_CHECKPOINT", str(tmp_path))
     monkeypatch.setenv("VWLMM_NOTEBOOK_WORD", "zebra crossing")
-    assert execute("inspect_checkpoint").count("image/png") == 6
+    assert execute("inspect_checkpoint").count("image/png") == 5  # no map of the word, and the kept patches
