@@ -499,7 +499,8 @@ class Names:
 
     def __init__(self, model: VWLMMForConditionalGeneration, logged: set[str]):
         modules = (
-            *(modeling_vwlmm, processing_vwlmm, adapters_vwlmm, inspection, loss_vwlmm, objectives_vwlmm, visualization),
+            *(modeling_vwlmm, processing_vwlmm, adapters_vwlmm, inspection, loss_vwlmm, objectives_vwlmm),
+            visualization,
             *(transformers, trl, peft, builtins),
         )
         functions = (
