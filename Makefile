@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: demo demo-lavit demo-vlsa app experiment test test-long fuzz test-oldest test-peers test-lmms-eval test-vllm test-app mutants lint bench bench-reading clean
+.PHONY: demo demo-lavit demo-vlsa app experiment docs test test-docs test-long fuzz test-oldest test-peers test-lmms-eval test-vllm test-app browser mutants lint bench bench-reading clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python examples/demo.py
@@ -27,6 +27,14 @@ experiment: $(VENV)/installed
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2
+
+# The documentation, as a site that opens without a server and without network: runs/site/index.html.
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
+
+# The site: built strictly, its links followed, opened in a browser. And both notebooks, executed.
+test-docs: $(VENV)/installed browser
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/docs
 
 # Records and images that nobody would write, a hundred times as many as `make test` tries.
 fuzz: $(VENV)/installed
@@ -54,7 +62,8 @@ test-oldest: $(VENV)-oldest/installed
 $(VENV)-oldest/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-oldest
 	sed 's/^transformers==.*/$(OLDEST)/' constraints.txt > $(VENV)-oldest/constraints.txt
-	$(VENV)-oldest/bin/python -m pip install --constraint $(VENV)-oldest/constraints.txt --editable '.[dev,examples]' requests
+	$(VENV)-oldest/bin/python -m pip install --constraint $(VENV)-oldest/constraints.txt --editable '.[app,dev,docs,examples]' requests
+	$(VENV)-oldest/bin/python -m pip install --constraint $(VENV)-oldest/constraints.txt --no-deps latentlens
 	touch $@
 
 # vLLM on a CPU. Its torch is a CPU build (2.13.0+cpu), of which pip has to know an index.
@@ -83,11 +92,13 @@ $(VENV)-lmms-eval/installed: pyproject.toml constraints.txt constraints-lmms-eva
 	touch $@
 
 # Pages in a browser, by mouse, finger and keyboard. Screenshots are left in runs/screenshots to be looked at.
-test-app: $(VENV)/installed
+test-app: $(VENV)/installed browser
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/app
+
+browser: $(VENV)/installed
 	@command -v chromium > /dev/null || ls $$HOME/.cache/ms-playwright/chromium* > /dev/null 2>&1 || \
 		{ test "$$(id -u)" = 0 && apt-get install -y chromium; } || \
 		{ echo 'These tests need a browser: install chromium, or run $(VENV)/bin/playwright install chromium'; exit 1; }
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/app
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

@@ -1,6 +1,7 @@
 # Copyright 2026 The VW-LMM authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Every code block of README.md and docs/ runs as it is printed, and every name in the sentences around it exists.
+"""Every code block of README.md, CONTRIBUTING.md and docs/ runs as it is printed, and every name in the sentences of
+README.md and docs/ exists.
 
 `read_docs.py` reads each page from its top, in a process and a folder of its own. What lies in the folder is made by
 the fixture `folder`, what the pages name on the Hub by the fixture `models`: small checkpoints of the same
@@ -48,6 +49,7 @@ from modeling_vwlmm import (
     VWLMMVisualTokenizer,
     VWLMMVisualTokenizerConfig,
     adapters_vwlmm,
+    inspection,
     lens,
     loss_vwlmm,
     objectives_vwlmm,
@@ -67,7 +69,7 @@ KINDS = {
     "python": "python",  # runs, in the namespace of its page
     "bash": "shell",  # runs, or is checked by the program's own parser: `PROGRAMS` in read_docs.py
     "yaml": "recipe",  # `examples/train.py` takes a step with it
-    "bibtex": "citation",  # is an entry with the arXiv number of the page
+    "bibtex": "citation",  # is an entry with the paper's number, which the page links
     "": "layout",  # names the repository's folders, all of them
 }
 
@@ -125,7 +127,8 @@ class Claim(NamedTuple):
     expression: str
 
 
-ALL_STAGES = 'VWLMMForConditionalGeneration.from_pretrained("{}").config.trained_stages == [1, 2, 3, 4]'
+LOAD = '__import__("modeling_vwlmm").VWLMMForConditionalGeneration.from_pretrained("{}")'
+ALL_STAGES = LOAD + ".config.trained_stages == [1, 2, 3, 4]"
 CLAIMS = [
     Claim(
         "README.md",
@@ -133,15 +136,11 @@ CLAIMS = [
         'type(vwlmm.model).__module__.startswith("transformers_modules.") '
         'and not {"modeling_vwlmm", "processing_vwlmm"} & set(__import__("sys").modules)',
     ),
-    Claim("README.md", "top_k=3", "words.token_ids.shape == words.probabilities.shape == (1, 16, 3)"),
-    Claim("README.md", "top_k=3", "nearest.shape == (1, 16)"),
-    Claim("README.md", "conversion", 'VWLMMForConditionalGeneration.from_pretrained("path/to/output")'),
+    Claim("docs/quickstart.md", "top_k=3", "words.token_ids.shape == words.probabilities.shape == (1, 16, 3)"),
+    Claim("docs/quickstart.md", "top_k=3", "nearest.shape == (1, 16)"),
+    Claim("docs/quickstart.md", "inspect_image(", "inspected.grid == (4, 4) and inspected.get_kl().min() >= 0"),
+    Claim("README.md", "conversion", LOAD.format("path/to/output")),
     Claim("README.md", "accelerate launch", ALL_STAGES.format("runs/vicuna_7b/stage4")),
-    Claim(
-        "README.md",
-        "push_to_hub.py",
-        '__import__("huggingface_hub").file_exists("your-name/vwlmm-vicuna-7b", "model.safetensors")',
-    ),
     Claim(
         "docs/change_the_method.md",
         "trainer.train()  # logs contrastive_loss, contrastive_cosine, visual_words_loss, language_loss, visual_loss",
@@ -194,6 +193,11 @@ CLAIMS = [
     Claim("docs/use_with.md", "stage4_again", ALL_STAGES.format("runs/stage4_again")),
     Claim(
         "docs/use_with.md",
+        "push_to_hub.py",
+        '__import__("huggingface_hub").file_exists("your-name/vwlmm-small-world", "model.safetensors")',
+    ),
+    Claim(
+        "docs/use_with.md",
         "trainer.push_to_hub",
         '__import__("huggingface_hub").file_exists("your-name/vwlmm-small-world", "model.safetensors")',
     ),
@@ -233,7 +237,7 @@ def read_spans(page: str) -> list[str]:
     return sorted({re.sub(r"\s+", " ", span) for span in re.findall(r"`([^`]+)`", text)})
 
 
-BLOCKS = {page: read_blocks(page) for page in PAGES}
+BLOCKS = {page: read_blocks(page) for page in ("CONTRIBUTING.md", *PAGES)}
 SPANS = {page: read_spans(page) for page in PAGES}
 
 
@@ -371,7 +375,7 @@ def read(models, folder, tmp_path_factory):
 
 
 class TestBlocks:
-    @pytest.mark.parametrize("page", PAGES)
+    @pytest.mark.parametrize("page", BLOCKS)
     def test_run(self, page, read):
         """Those that run, in the order of the page."""
         if page == "docs/lens.md":
@@ -391,13 +395,14 @@ class TestBlocks:
         # What Transformers says of weights that a checkpoint lacks, or has without a place for them.
         assert not re.search("newly initialized|were not used|MISSING|UNEXPECTED", log), log
 
-    @pytest.mark.parametrize("block", [b for p in PAGES for b in BLOCKS[p] if b.fence in ("bibtex", "")], ids=str)
+    @pytest.mark.parametrize("block", [b for p in BLOCKS for b in BLOCKS[p] if b.fence in ("bibtex", "")], ids=str)
     def test_are_true(self, block):
         """Those that say something."""
         if block.kind == "citation":
             entry = re.fullmatch(r"@article\{\w+,\n((?:  \w+ +=  ?\{.+\},?\n)+)\}\n", block.code)
-            (number,) = re.findall(r"arXiv:([\d.]+)", entry[1])
-            assert f"https://arxiv.org/abs/{number}" in (ROOT / block.page).read_text()
+            ((arxiv, openreview),) = re.findall(r"arXiv:([\d.]+)|OpenReview (\w+)", entry[1])
+            url = f"https://arxiv.org/abs/{arxiv}" if arxiv else f"https://openreview.net/forum?id={openreview}"
+            assert url in (ROOT / block.page).read_text()
         else:
             named = set(re.findall(r"^(\w+)/", block.code, flags=re.MULTILINE))
             assert named == {file.parent.name for file in ROOT.glob("*/*.py")}
@@ -494,7 +499,8 @@ class Names:
 
     def __init__(self, model: VWLMMForConditionalGeneration, logged: set[str]):
         modules = (
-            *(modeling_vwlmm, processing_vwlmm, adapters_vwlmm, loss_vwlmm, objectives_vwlmm, visualization),
+            *(modeling_vwlmm, processing_vwlmm, adapters_vwlmm, inspection, loss_vwlmm, objectives_vwlmm),
+            visualization,
             *(transformers, trl, peft, builtins),
         )
         functions = (
@@ -511,6 +517,7 @@ class Names:
         )
         dataclass_types = (
             *(VWLMMTrainingArguments, import_example("train").ScriptArguments, ModelConfig, peft.LoraConfig),
+            inspection.InspectedImage,
             *(value for value in vars(outputs_vwlmm).values() if dataclasses.is_dataclass(value)),
         )
         self.quoted = {*objectives_vwlmm.OBJECTIVES, *METHODS, *chat_templates_vwlmm.CHAT_TEMPLATES, *MODULES}
