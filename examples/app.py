@@ -75,8 +75,7 @@ element.addEventListener("keydown", (event) => {
   next.focus();
 });
 """
-
-
+# What a press or a question changes may be out of sight.
 SHOW_DETAILS, SHOW_CHAT = (
     f"() => document.querySelector('#{name}0').scrollIntoView({{block: 'nearest', behavior: 'smooth'}})"
     for name in ("details", "chat")
@@ -214,12 +213,6 @@ def build_page(checkpoints: dict[str, Checkpoint], missing: str, examples: list[
 
         histories, chats = [side.history for side in sides], [side.chat for side in sides]
         conversation = [*histories, *chats, waiting, attached]
-        for event in (clear.click, *(chat.clear for chat in chats)):
-            event(restart, [pictures, looked_at], conversation, show_progress="hidden")
-        sides[1].model.input(
-            compare, [sides[1].model, sides[1].history, pictures, looked_at], [sides[1].column, *conversation]
-        )
-
         buttons = [send, stop, is_answering]
         models = [component for side in sides for component in (side.model, side.features)]
         filled = [button.click(partial(str, text), None, question) for button, text in suggestions]
@@ -238,6 +231,18 @@ def build_page(checkpoints: dict[str, Checkpoint], missing: str, examples: list[
             answered.then(end_answer, None, buttons, show_progress="hidden")
             asked.success(None, js=SHOW_CHAT)
             answering.append(answered)
+        # What begins anew ends the answer that is being written.
+        for event in (clear.click, *(chat.clear for chat in chats)):
+            event(restart, [pictures, looked_at], conversation, cancels=answering, show_progress="hidden").then(
+                end_answer, None, buttons, show_progress="hidden"
+            )
+        sides[1].model.input(
+            compare,
+            [sides[1].model, sides[1].history, pictures, looked_at],
+            [sides[1].column, *conversation],
+            cancels=answering,
+            show_progress="hidden",
+        ).then(end_answer, None, buttons, show_progress="hidden")
         stop.click(end_answer, None, buttons, cancels=answering, show_progress="hidden")
     return page
 
@@ -247,9 +252,7 @@ def make_settings(
 ) -> tuple[gr.Dropdown, gr.Dropdown]:
     """What to choose of one side: model and image features."""
     model = gr.Dropdown(choices, value=choices[0], label=label, min_width=150)
-    return model, gr.Dropdown(
-        [REAL, PSEUDO], label="Image features", min_width=150, **get_features(checkpoints, choices[0])
-    )
+    return model, gr.Dropdown(label="Image features", min_width=150, **get_features(checkpoints, choices[0]))
 
 
 def build_side(number: int, model: gr.Dropdown, features: gr.Dropdown) -> Side:
@@ -273,10 +276,20 @@ def build_side(number: int, model: gr.Dropdown, features: gr.Dropdown) -> Side:
 
 
 def get_features(checkpoints: dict[str, Checkpoint], name: str) -> dict:
-    """What the choice of image features is set to when a model has been chosen: those that it was trained to read."""
-    if name == NOTHING:
-        return {"value": REAL, "visible": False}
-    return {"value": PSEUDO if checkpoints[name].reads_pseudo_by_default() else REAL, "visible": True}
+    """
+    What the choice of image features is when a model has been chosen: set to those that it was trained to read, and
+    without pseudo image features where no VM head has been trained to make them.
+    """
+    try:
+        reads_pseudo = name != NOTHING and checkpoints[name].reads_pseudo_by_default()
+        has_choice = name != NOTHING and (reads_pseudo or checkpoints[name].has_visual_words())
+    except ValueError:  # of a checkpoint that cannot be loaded, which is said where its patches would be
+        reads_pseudo = has_choice = False
+    return {
+        "choices": [REAL, PSEUDO] if has_choice else [REAL],
+        "value": PSEUDO if reads_pseudo else REAL,
+        "visible": name != NOTHING,
+    }
 
 
 def update_features(checkpoints: dict[str, Checkpoint], name: str) -> gr.Dropdown:
