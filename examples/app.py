@@ -37,7 +37,8 @@ from app_patches import VIEWS, render_details, render_message, render_patches, r
 from small_world import random_detailed_scene, random_scene
 
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported
+FOLDER = tempfile.TemporaryDirectory(prefix="vwlmm_app_")  # of uploads; it is deleted when this process ends
+os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": FOLDER.name}  # which Gradio reads on import
 
 import gradio as gr
 
@@ -111,21 +112,19 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         parser.exit(1, f"{error}\n")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the folder is deleted then, too
-    with tempfile.TemporaryDirectory(prefix="vwlmm_app_") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
-        page = build_page(checkpoints, missing, make_examples())
-        page.queue(default_concurrency_limit=4).launch(
-            server_name=args.host,
-            server_port=args.port,
-            share=args.share,
-            max_file_size=MAX_BYTES,
-            theme=gr.themes.Default(
-                primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-            ),
-            css_paths=Path(__file__).with_suffix(".css"),
-            footer_links=[],
-            ssr_mode=False,
-        )
+    page = build_page(checkpoints, missing, make_examples())
+    page.queue(default_concurrency_limit=4).launch(
+        server_name=args.host,
+        server_port=args.port,
+        share=args.share,
+        max_file_size=MAX_BYTES,
+        theme=gr.themes.Default(
+            primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+        ),
+        css_paths=Path(__file__).with_suffix(".css"),
+        footer_links=[],
+        ssr_mode=False,
+    )
 
 
 def make_examples() -> list[Picture]:
