@@ -13,9 +13,11 @@ the end. Nothing is loaded from another host but a checkpoint that is named on t
 """
 
 import argparse
+import atexit
 import logging
 import os
 import random
+import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
@@ -37,12 +39,14 @@ from app_patches import VIEWS, render_details, render_message, render_patches, r
 from small_world import random_detailed_scene, random_scene
 
 
-FOLDER = tempfile.TemporaryDirectory(prefix="vwlmm_app_")  # of uploads; it is deleted when this process ends
-os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": FOLDER.name}  # which Gradio reads on import
+# Gradio reads both when it is imported.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="vwlmm_app_")  # of uploads
 
 import gradio as gr
 
 
+atexit.register(shutil.rmtree, os.environ["GRADIO_TEMP_DIR"], ignore_errors=True)
 logger = logging.getLogger(__name__)
 
 REAL, PSEUDO = "real", "pseudo"  # image features
