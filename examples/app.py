@@ -13,9 +13,11 @@ the end. Nothing is loaded from another host but a checkpoint that is named on t
 """
 
 import argparse
+import atexit
 import logging
 import os
 import random
+import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
@@ -37,11 +39,14 @@ from app_patches import VIEWS, render_details, render_message, render_patches, r
 from small_world import random_detailed_scene, random_scene
 
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported
+# Gradio reads both when it is imported.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="vwlmm_app_")  # of uploads
 
 import gradio as gr
 
 
+atexit.register(shutil.rmtree, os.environ["GRADIO_TEMP_DIR"], ignore_errors=True)
 logger = logging.getLogger(__name__)
 
 REAL, PSEUDO = "real", "pseudo"  # image features
@@ -75,8 +80,7 @@ element.addEventListener("keydown", (event) => {
   next.focus();
 });
 """
-
-
+# What a press or a question changes may be out of sight.
 SHOW_DETAILS, SHOW_CHAT = (
     f"() => document.querySelector('#{name}0').scrollIntoView({{block: 'nearest', behavior: 'smooth'}})"
     for name in ("details", "chat")
@@ -112,21 +116,19 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         parser.exit(1, f"{error}\n")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the folder is deleted then, too
-    with tempfile.TemporaryDirectory(prefix="vwlmm_app_") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
-        page = build_page(checkpoints, missing, make_examples())
-        page.queue(default_concurrency_limit=4).launch(
-            server_name=args.host,
-            server_port=args.port,
-            share=args.share,
-            max_file_size=MAX_BYTES,
-            theme=gr.themes.Default(
-                primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-            ),
-            css_paths=Path(__file__).with_suffix(".css"),
-            footer_links=[],
-            ssr_mode=False,
-        )
+    page = build_page(checkpoints, missing, make_examples())
+    page.queue(default_concurrency_limit=4).launch(
+        server_name=args.host,
+        server_port=args.port,
+        share=args.share,
+        max_file_size=MAX_BYTES,
+        theme=gr.themes.Default(
+            primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+        ),
+        css_paths=Path(__file__).with_suffix(".css"),
+        footer_links=[],
+        ssr_mode=False,
+    )
 
 
 def make_examples() -> list[Picture]:
@@ -214,12 +216,6 @@ def build_page(checkpoints: dict[str, Checkpoint], missing: str, examples: list[
 
         histories, chats = [side.history for side in sides], [side.chat for side in sides]
         conversation = [*histories, *chats, waiting, attached]
-        for event in (clear.click, *(chat.clear for chat in chats)):
-            event(restart, [pictures, looked_at], conversation, show_progress="hidden")
-        sides[1].model.input(
-            compare, [sides[1].model, sides[1].history, pictures, looked_at], [sides[1].column, *conversation]
-        )
-
         buttons = [send, stop, is_answering]
         models = [component for side in sides for component in (side.model, side.features)]
         filled = [button.click(partial(str, text), None, question) for button, text in suggestions]
@@ -238,6 +234,18 @@ def build_page(checkpoints: dict[str, Checkpoint], missing: str, examples: list[
             answered.then(end_answer, None, buttons, show_progress="hidden")
             asked.success(None, js=SHOW_CHAT)
             answering.append(answered)
+        # What begins anew ends the answer that is being written.
+        for event in (clear.click, *(chat.clear for chat in chats)):
+            event(restart, [pictures, looked_at], conversation, cancels=answering, show_progress="hidden").then(
+                end_answer, None, buttons, show_progress="hidden"
+            )
+        sides[1].model.input(
+            compare,
+            [sides[1].model, sides[1].history, pictures, looked_at],
+            [sides[1].column, *conversation],
+            cancels=answering,
+            show_progress="hidden",
+        ).then(end_answer, None, buttons, show_progress="hidden")
         stop.click(end_answer, None, buttons, cancels=answering, show_progress="hidden")
     return page
 
@@ -247,9 +255,7 @@ def make_settings(
 ) -> tuple[gr.Dropdown, gr.Dropdown]:
     """What to choose of one side: model and image features."""
     model = gr.Dropdown(choices, value=choices[0], label=label, min_width=150)
-    return model, gr.Dropdown(
-        [REAL, PSEUDO], label="Image features", min_width=150, **get_features(checkpoints, choices[0])
-    )
+    return model, gr.Dropdown(label="Image features", min_width=150, **get_features(checkpoints, choices[0]))
 
 
 def build_side(number: int, model: gr.Dropdown, features: gr.Dropdown) -> Side:
@@ -273,10 +279,20 @@ def build_side(number: int, model: gr.Dropdown, features: gr.Dropdown) -> Side:
 
 
 def get_features(checkpoints: dict[str, Checkpoint], name: str) -> dict:
-    """What the choice of image features is set to when a model has been chosen: those that it was trained to read."""
-    if name == NOTHING:
-        return {"value": REAL, "visible": False}
-    return {"value": PSEUDO if checkpoints[name].reads_pseudo_by_default() else REAL, "visible": True}
+    """
+    What the choice of image features is when a model has been chosen: set to those that it was trained to read, and
+    without pseudo image features where no VM head has been trained to make them.
+    """
+    try:
+        reads_pseudo = name != NOTHING and checkpoints[name].reads_pseudo_by_default()
+        has_choice = name != NOTHING and (reads_pseudo or checkpoints[name].has_visual_words())
+    except ValueError:  # of a checkpoint that cannot be loaded, which is said where its patches would be
+        reads_pseudo = has_choice = False
+    return {
+        "choices": [REAL, PSEUDO] if has_choice else [REAL],
+        "value": PSEUDO if reads_pseudo else REAL,
+        "visible": name != NOTHING,
+    }
 
 
 def update_features(checkpoints: dict[str, Checkpoint], name: str) -> gr.Dropdown:

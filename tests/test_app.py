@@ -125,6 +125,15 @@ class TestCheckpoints:
     def test_default_features_are_those_it_was_trained_with(self, checkpoint, pif):
         assert not checkpoint.reads_pseudo_by_default() and models.Checkpoint(pif).reads_pseudo_by_default()
 
+    def test_without_a_vm_head_there_is_no_choice(self, checkpoint, tmp_path):
+        convert_lavit_checkpoint(GOLDEN / "lavit/checkpoint", tmp_path / "lavit")
+        found = {"VW-LMM": checkpoint, "LaVIT": models.Checkpoint(str(tmp_path / "lavit"))}
+        found["none"] = models.Checkpoint(str(tmp_path))  # which the page says where its patches would be
+        choices = {name: app.get_features(found, name)["choices"] for name in (*found, app.NOTHING)}
+        assert choices.pop("VW-LMM") == ["real", "pseudo"] and set(map(tuple, choices.values())) == {("real",)}
+        images = [models.Picture(make_image(1), "noise")]
+        assert "cannot be loaded" in app.look(found, "none", "real", images, 0, "image", "", None)[0]
+
     def test_those_of_the_demos_are_found(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         with pytest.raises(ValueError, match="no checkpoint at runs/small_world/stage4.*`make demo`"):

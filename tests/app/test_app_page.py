@@ -218,6 +218,10 @@ def test_stop_ends_an_answer(desktop, served):
     expect(desktop.get_by_text("Write a question first.")).to_be_visible()
     ask(desktop, "And now?")
     expect(answers(desktop)).to_have_count(2)
+    desktop.get_by_role("button", name="New").click()  # ends the answer, too
+    wait_for_answer(desktop)
+    time.sleep(1)
+    expect(answers(desktop)).to_have_count(0)
 
 
 def test_a_patch_is_told_in_full(desktop, served, expected):

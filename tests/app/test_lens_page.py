@@ -146,7 +146,7 @@ def test_zoom_makes_patches_that_a_finger_hits(phone, fine, screenshots):
     assert phone.evaluate("document.documentElement.scrollWidth") == 375  # the image scrolls in its own frame
     patch(phone, 20, 22).tap()
     check_panel(phone, fine, 20, 22)
-    phone.screenshot(path=screenshots / "lens_phone_zoomed.png", full_page=True)
+    phone.screenshot(path=screenshots / "lens_phone_zoomed.png")
 
 
 def get_focused(page: Page) -> str:
