@@ -57,7 +57,8 @@ class TestNotebooks:
         used = {
             node.attr
             for node in ast.walk(read_code(notebook))
-            if isinstance(node, ast.Attribute) and getattr(node.value, "id", None) == "inspected"
+            if isinstance(node, ast.Attribute)
+            and re.fullmatch(r"inspected|inspect_image\([^()]*\)", ast.unparse(node.value))
         }
         assert used
         assert used <= {*InspectedImage.__dataclass_fields__, *dir(InspectedImage)}
