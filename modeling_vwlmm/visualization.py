@@ -44,7 +44,7 @@ try:
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 except ImportError as error:
     raise ImportError(
-        "matplotlib is not installed, which draws the figures. Install it with `pip install 'vwlmm[figures]'`."
+        "matplotlib is not installed, which draws the figures. Install it with `pip install matplotlib`."
     ) from error
 
 if TYPE_CHECKING:
