@@ -178,7 +178,7 @@ def build_page(checkpoints: dict[str, Checkpoint], missing: str, examples: list[
                     label="Question",
                     show_label=False,
                     container=False,
-                    placeholder="Ask about the image",
+                    placeholder="Ask a question",
                     elem_id="question",
                 )
                 send = gr.Button("Send", variant="primary", scale=0, min_width=80)
