@@ -178,7 +178,7 @@ def build_page(checkpoints: dict[str, Checkpoint], missing: str, examples: list[
                     label="Question",
                     show_label=False,
                     container=False,
-                    placeholder="Ask about the image",
+                    placeholder="Ask a question",
                     elem_id="question",
                 )
                 send = gr.Button("Send", variant="primary", scale=0, min_width=80)
@@ -216,7 +216,8 @@ def build_page(checkpoints: dict[str, Checkpoint], missing: str, examples: list[
 
         histories, chats = [side.history for side in sides], [side.chat for side in sides]
         conversation = [*histories, *chats, waiting, attached]
-        buttons = [send, stop, is_answering]
+        # What begins a conversation anew waits for the answer that is being written.
+        buttons = [send, stop, clear, sides[1].model, is_answering]
         models = [component for side in sides for component in (side.model, side.features)]
         filled = [button.click(partial(str, text), None, question) for button, text in suggestions]
         answering = []
@@ -234,18 +235,13 @@ def build_page(checkpoints: dict[str, Checkpoint], missing: str, examples: list[
             answered.then(end_answer, None, buttons, show_progress="hidden")
             asked.success(None, js=SHOW_CHAT)
             answering.append(answered)
-        # What begins anew ends the answer that is being written.
-        for event in (clear.click, *(chat.clear for chat in chats)):
-            event(restart, [pictures, looked_at], conversation, cancels=answering, show_progress="hidden").then(
-                end_answer, None, buttons, show_progress="hidden"
-            )
+        clear.click(restart, [pictures, looked_at], conversation, show_progress="hidden")
         sides[1].model.input(
             compare,
             [sides[1].model, sides[1].history, pictures, looked_at],
             [sides[1].column, *conversation],
-            cancels=answering,
             show_progress="hidden",
-        ).then(end_answer, None, buttons, show_progress="hidden")
+        )
         stop.click(end_answer, None, buttons, cancels=answering, show_progress="hidden")
     return page
 
@@ -416,6 +412,8 @@ def ask(
         render_waiting(pictures, []),
         gr.Button(visible=False),
         gr.Button(visible=True),
+        gr.Button(interactive=False),
+        gr.Dropdown(interactive=False),
         True,
     )
 
@@ -455,7 +453,13 @@ def continue_history(checkpoint: Checkpoint, reads_pseudo: bool, history: list[d
 
 def end_answer() -> tuple:
     """The buttons as they are when no answer is being written."""
-    return gr.Button(visible=True), gr.Button(visible=False), False
+    return (
+        gr.Button(visible=True),
+        gr.Button(visible=False),
+        gr.Button(interactive=True),
+        gr.Dropdown(interactive=True),
+        False,
+    )
 
 
 def to_messages(history: list[dict]) -> list[dict]:
