@@ -24,7 +24,7 @@ yaml = pytest.importorskip("yaml")
 pytest.importorskip("matplotlib")
 
 ROOT = Path(__file__).parents[1]
-SHARPENED = ("sharpened", "sharpened_other_image")
+SHARPENED = ("sharpened", "sharpened_other_image", "sharpened_tenth")
 
 
 @pytest.fixture(autouse=True)
