@@ -300,6 +300,8 @@ class TestTrainer:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY", True)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        # Transformers keeps what an earlier test has made for another address.
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
         return hub
 
     def test_push_to_hub(self, make_trainer, model, online, tmp_path):
