@@ -188,7 +188,7 @@ def test_a_step_has_the_samples_that_it_should(alone):
     assert [len(step) for step in results["dropped"]] == [4] * 4
 
 
-@pytest.mark.parametrize(("num_processes", "sharding"), [(2, "ddp"), (4, "fsdp2")])
+@pytest.mark.parametrize(("num_processes", "sharding"), [pytest.param(2, "ddp", marks=LONG), (4, "fsdp2")])
 def test_layouts_agree(vicuna, data, alone, tmp_path, num_processes, sharding):
     """Also where a run goes on that another number of processes began."""
     through = [
@@ -244,7 +244,7 @@ def drop_question(sample: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "sharding", ["ddp", "fsdp2", pytest.param("zero3", marks=LONG), pytest.param("zero2", marks=LONG)]
+    "sharding", ["fsdp2", *(pytest.param(name, marks=LONG) for name in ("ddp", "zero2", "zero3"))]
 )
 def test_images_of_any_length(lavit, tmp_path, sharding):
     """Where weights are sharded, codes are computed before. They may be read, and by one of the processes alone."""
