@@ -223,6 +223,22 @@ class TestAnswers:
         roles = [message["role"] for message in app.to_messages([asked, asked, answered, asked])]
         assert roles == ["user", "assistant", "user"]
 
+    def test_images_of_a_question_without_an_answer_go_with_the_next(self, picture):
+        """The page says that it goes on about the images above."""
+        asked, other = (
+            {"role": "user", "text": "Who?", "pictures": [own]} for own in (picture, models.Picture(make_image(4), ""))
+        )
+        follows, answered = {**asked, "pictures": []}, {"role": "assistant", "text": "Me."}
+        failed = {**answered, "has_failed": True}
+
+        def get_images(*history: dict) -> list[list[Image.Image]]:
+            return [[part["image"] for part in m["content"][:-1]] for m in app.to_messages([*history])]
+
+        first, second = (turn["pictures"][0].image for turn in (asked, other))
+        assert get_images(asked, follows) == get_images(asked, failed, follows) == [[first]]
+        assert get_images(asked, other, failed, asked) == [[first, second]]
+        assert get_images(asked, answered, follows) == [[first], [], []]
+
 
 @pytest.fixture(scope="module")
 def inspected(checkpoint, picture):
