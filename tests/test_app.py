@@ -332,3 +332,11 @@ class TestSpace:
         assert list(models.find_checkpoints([])[0]) == ["VW-LMM"]
         assert not Path("runs/small_world/stage4/training_args.bin").exists()
         assert {"app.py", "README.md", "requirements.txt", "modeling_vwlmm", "processing_vwlmm"} <= set(os.listdir())
+
+    def test_no_checkpoint_is_written_over_itself(self, vicuna, tmp_path, monkeypatch, capsys):
+        shutil.copytree(vicuna, tmp_path / "runs/small_world/stage4")
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(SystemExit):
+            import_example("write_space").main(["."])
+        assert "expected a folder of its own" in capsys.readouterr().err
+        assert os.listdir() == ["runs"] and Path("runs/small_world/stage4/config.json").is_file()
