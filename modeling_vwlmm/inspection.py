@@ -14,6 +14,7 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import is_peft_model
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -158,7 +159,7 @@ def inspect_image(
     no position of a decoder sees what is behind it.
 
     Args:
-        model ([`VWLMMForConditionalGeneration`]): The model.
+        model ([`VWLMMForConditionalGeneration`]): The model, as it is or with PEFT's adapters in it.
         processor ([`VWLMMProcessor`]): Its processor.
         image (`PIL.Image.Image` or `str`): The image, or its path.
         layers (`Sequence[int]`, *optional*): Decoder layers to read with the MM head, 0 for what the decoder reads;
@@ -172,6 +173,7 @@ def inspect_image(
         ValueError: If a layer does not exist, if the vocabulary has fewer tokens than `top_k`, or the decoder has no
             final norm to read layers with, if there are any.
     """
+    model = model.get_base_model() if is_peft_model(model) else model
     decoder = model.model.language_model
     num_layers = model.config.text_config.num_hidden_layers
     if layers is None:

@@ -88,6 +88,16 @@ def test_dropped_image_tokens_say_nothing(tmp_path):
     assert found.get_text(-1) == ""
 
 
+def test_adapters_of_peft_count(vicuna, processor):
+    peft = pytest.importorskip("peft")
+    model = VWLMMForConditionalGeneration.from_pretrained(vicuna)
+    before = inspect_image(model, processor, make_image(3), layers=())
+    config = peft.LoraConfig(target_modules=["v_proj"], exclude_modules=".*vision_tower.*", init_lora_weights=False)
+    found = inspect_image(peft.get_peft_model(model, config).eval(), processor, make_image(3), layers=())
+    assert torch.equal(found.visual_words, before.visual_words)
+    assert not torch.allclose(found.predictions, before.predictions, atol=1e-2)
+
+
 def test_without_layers_a_decoder_needs_no_norm(vicuna, processor):
     """Persimmon's has another name."""
     size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
