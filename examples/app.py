@@ -463,15 +463,19 @@ def end_answer() -> tuple:
 
 
 def to_messages(history: list[dict]) -> list[dict]:
-    """A conversation for a chat template. Questions without an answer are left out, but for the last one."""
-    messages = []
+    """
+    A conversation for a chat template. Questions without an answer are left out, but for the last one; their images go
+    with the next.
+    """
+    messages, pictures = [], {}
     for turn in history:
         if turn.get("has_failed"):
             messages.pop()
             continue
         if messages and messages[-1]["role"] == turn["role"]:  # stopped before the first word
             messages.pop()
-        images = [{"type": "image", "image": picture.image} for picture in turn.get("pictures", ())]
+        pictures = dict.fromkeys([*pictures, *turn["pictures"]]) if turn["role"] == "user" else {}  # no one twice
+        images = [{"type": "image", "image": picture.image} for picture in pictures]
         messages.append({"role": turn["role"], "content": [*images, {"type": "text", "text": turn["text"]}]})
     return messages
 

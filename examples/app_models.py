@@ -155,7 +155,7 @@ def read_upload(content: bytes) -> tuple[Picture, bool]:
 def inspect(checkpoint: Checkpoint, reads_pseudo: bool, picture: Picture) -> InspectedImage:
     """What a model makes of a picture, patch by patch."""
     model = checkpoint.get_model(reads_pseudo)
-    return inspect_image(model, checkpoint.processor, picture.image, layers=[0], top_k=1)
+    return inspect_image(model, checkpoint.processor, picture.image, layers=())
 
 
 def stream_answer(checkpoint: Checkpoint, reads_pseudo: bool, messages: list[dict]) -> Iterator[str]:

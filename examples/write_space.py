@@ -27,6 +27,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the Space goes; what it had of it before is replaced")
     folder = parser.parse_args(arguments).folder
+    if folder.resolve() in (Path.cwd(), EXAMPLES, EXAMPLES.parent):  # where what is copied would be deleted first
+        parser.error(f"{folder} holds what the Space is made of; expected a folder of its own, such as runs/space.")
     folder.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         shutil.copy(EXAMPLES / name, folder / name)

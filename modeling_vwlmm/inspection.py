@@ -14,12 +14,14 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import is_peft_model
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from processing_vwlmm import VWLMMProcessor
 
+from .adapters_vwlmm import to_dtype_of
 from .modeling_vwlmm import VWLMMForConditionalGeneration
 from .visual_words_vwlmm import get_distribution
 
@@ -157,11 +159,11 @@ def inspect_image(
     no position of a decoder sees what is behind it.
 
     Args:
-        model ([`VWLMMForConditionalGeneration`]): The model.
+        model ([`VWLMMForConditionalGeneration`]): The model, as it is or with PEFT's adapters in it.
         processor ([`VWLMMProcessor`]): Its processor.
         image (`PIL.Image.Image` or `str`): The image, or its path.
-        layers (`Sequence[int]`, *optional*): Decoder layers to read with the MM head, 0 for what the decoder reads. By
-            default up to eight, evenly spaced, the last one among them.
+        layers (`Sequence[int]`, *optional*): Decoder layers to read with the MM head, 0 for what the decoder reads;
+            `()` for none. By default up to eight, evenly spaced, the last one among them.
         top_k (`int`, *optional*, defaults to 5): Tokens to keep of each layer.
 
     Returns:
@@ -169,8 +171,9 @@ def inspect_image(
 
     Raises:
         ValueError: If a layer does not exist, if the vocabulary has fewer tokens than `top_k`, or the decoder has no
-            final norm to read layers with.
+            final norm to read layers with, if there are any.
     """
+    model = model.get_base_model() if is_peft_model(model) else model
     decoder = model.model.language_model
     num_layers = model.config.text_config.num_hidden_layers
     if layers is None:
@@ -184,10 +187,10 @@ def inspect_image(
         raise ValueError(
             f"`top_k` is {top_k}; expected a number from 1 to {num_tokens}, the tokens of the vocabulary."
         )
-    if not hasattr(decoder, "norm"):
+    if layers and not hasattr(decoder, "norm"):
         raise ValueError(
             f"The decoder ({type(decoder).__name__}) has no `norm` behind its last layer; expected one, as Llama's, "
-            "to read hidden states of other layers with."
+            "to read hidden states of other layers with. Pass `layers=()` to inspect all else."
         )
     message = {"role": "user", "content": [{"type": "image", "image": image}]}
     inputs = processor.apply_chat_template([message], tokenize=True, return_dict=True, return_tensors="pt")
@@ -197,7 +200,7 @@ def inspect_image(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
         mm_encoder_outputs={"image": encoded},
-        output_hidden_states=True,
+        output_hidden_states=len(layers) > 0,
         use_cache=False,
     )
     is_image = inputs["input_ids"][0] == model.config.image_token_id  # [L]
@@ -207,12 +210,14 @@ def inspect_image(
     words = get_distribution(model.model.vm_head, features, model.config.visual_word_temperature)  # [N, C]
     predictions = outputs.logits[0, :-1][is_image[1:]].float().log_softmax(dim=-1)  # [N, C]
     embeddings = F.normalize(model.get_vocabulary_embeddings(features.device).float(), dim=-1)  # [C, D]
-    by_layer = []
-    for layer in layers:
+    shape = (len(layers), len(features), top_k)
+    layer_tokens = TopTokens(torch.empty(shape, dtype=torch.long), torch.empty(shape))  # [S, N, k] each
+    for place, layer in enumerate(layers):
         hidden = outputs.hidden_states[layer][0, is_image]  # [N, D]
         hidden = hidden if layer == num_layers else decoder.norm(hidden)  # that of the last layer has passed it
-        logits = model.lm_head(hidden.to(model.lm_head.weight.dtype)).float().log_softmax(dim=-1)  # [N, C]
-        by_layer.append(_take_top(logits.cpu(), top_k, keep_mask, is_log=True))
+        logits = model.lm_head(to_dtype_of(model.lm_head, hidden)).float().log_softmax(dim=-1)  # [N, C]
+        top = _take_top(logits.cpu(), top_k, keep_mask, is_log=True)
+        layer_tokens.token_ids[place], layer_tokens.values[place] = top.token_ids, top.values
     codes = None
     if model.model.visual_tokenizer is not None:
         codes = model.model.find_codes(encoded.patch_features, encoded.get("keep_mask"))[0].cpu()  # [N]
@@ -225,9 +230,7 @@ def inspect_image(
         keep_mask=keep_mask,
         codes=codes,
         layers=tuple(layers),
-        layer_tokens=TopTokens(
-            torch.stack([top.token_ids for top in by_layer]), torch.stack([top.values for top in by_layer])
-        ),
+        layer_tokens=layer_tokens,
         tokenizer=processor.tokenizer,
         has_visual_words=3 in model.config.trained_stages,
     )

@@ -117,8 +117,8 @@ def draw_image(
 
     Args:
         model, processor, image: As [`~inspection.inspect_image`] takes them.
-        draw (`Callable`, *optional*): What draws an [`InspectedImage`]: [`draw_visual_words`], by default,
-            [`draw_word`], [`draw_entropy`] or [`draw_patch`].
+        draw (`Callable`, *optional*): What draws an [`InspectedImage`], here without layers: [`draw_visual_words`], by
+            default, [`draw_word`], [`draw_entropy`] or [`draw_patch`].
         options: What else `draw` takes.
 
     Example:
@@ -128,7 +128,7 @@ def draw_image(
     >>> draw_image(model, processor, "photo.png", draw_word, word="red")
     ```
     """
-    return (draw or draw_visual_words)(inspect_image(model, processor, image), **options)
+    return (draw or draw_visual_words)(inspect_image(model, processor, image, layers=()), **options)
 
 
 def draw_visual_words(
@@ -183,7 +183,8 @@ def draw_word(inspected: InspectedImage, word: str) -> Figure:
         ValueError: If no token of the vocabulary reads as the word.
     """
     values = inspected.find_word(word)
-    shown = _Panel(f"“{word.strip()}” among the visual words", inspected, values=values, unit="probability")
+    title = f"“{word.strip()}” among the visual words"
+    shown = _Panel(title, inspected, values=values, unit="probability", is_of_vm_head=True)
     return _draw_rows([[_make_panel(inspected, "image"), shown]])
 
 
@@ -434,7 +435,7 @@ class LogsVisualWords(TrainerCallback):
         modes = {module: module.training for module in model.modules()}
         model.eval()
         try:
-            found = [inspect_image(model, self.trainer.processing_class, image, layers=[0]) for image in self.images]
+            found = [inspect_image(model, self.trainer.processing_class, image, layers=()) for image in self.images]
         finally:
             for module, mode in modes.items():
                 module.training = mode

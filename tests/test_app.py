@@ -223,6 +223,22 @@ class TestAnswers:
         roles = [message["role"] for message in app.to_messages([asked, asked, answered, asked])]
         assert roles == ["user", "assistant", "user"]
 
+    def test_images_of_a_question_without_an_answer_go_with_the_next(self, picture):
+        """The page says that it goes on about the images above."""
+        asked, other = (
+            {"role": "user", "text": "Who?", "pictures": [own]} for own in (picture, models.Picture(make_image(4), ""))
+        )
+        follows, answered = {**asked, "pictures": []}, {"role": "assistant", "text": "Me."}
+        failed = {**answered, "has_failed": True}
+
+        def get_images(*history: dict) -> list[list[Image.Image]]:
+            return [[part["image"] for part in m["content"][:-1]] for m in app.to_messages([*history])]
+
+        first, second = (turn["pictures"][0].image for turn in (asked, other))
+        assert get_images(asked, follows) == get_images(asked, failed, follows) == [[first]]
+        assert get_images(asked, other, failed, asked) == [[first, second]]
+        assert get_images(asked, answered, follows) == [[first], [], []]
+
 
 @pytest.fixture(scope="module")
 def inspected(checkpoint, picture):
@@ -316,3 +332,11 @@ class TestSpace:
         assert list(models.find_checkpoints([])[0]) == ["VW-LMM"]
         assert not Path("runs/small_world/stage4/training_args.bin").exists()
         assert {"app.py", "README.md", "requirements.txt", "modeling_vwlmm", "processing_vwlmm"} <= set(os.listdir())
+
+    def test_no_checkpoint_is_written_over_itself(self, vicuna, tmp_path, monkeypatch, capsys):
+        shutil.copytree(vicuna, tmp_path / "runs/small_world/stage4")
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(SystemExit):
+            import_example("write_space").main(["."])
+        assert "expected a folder of its own" in capsys.readouterr().err
+        assert os.listdir() == ["runs"] and Path("runs/small_world/stage4/config.json").is_file()

@@ -5,11 +5,13 @@
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, make_image
+from conftest import GOLDEN, make_image, tiny_vision
 from PIL import Image
+from transformers import PersimmonConfig, PersimmonForCausalLM
 
 from modeling_vwlmm import VWLMMForConditionalGeneration, convert_lavit_checkpoint
 from modeling_vwlmm.inspection import inspect_image
+from modeling_vwlmm.visualization import draw_image
 from processing_vwlmm import VWLMMProcessor
 
 
@@ -84,6 +86,31 @@ def test_dropped_image_tokens_say_nothing(tmp_path):
     assert (found.get_top_predictions().token_ids[dropped] == -1).all()
     assert (found.layer_tokens.token_ids[:, dropped] == -1).all()
     assert found.get_text(-1) == ""
+
+
+def test_adapters_of_peft_count(vicuna, processor):
+    peft = pytest.importorskip("peft")
+    model = VWLMMForConditionalGeneration.from_pretrained(vicuna)
+    before = inspect_image(model, processor, make_image(3), layers=())
+    config = peft.LoraConfig(target_modules=["v_proj"], exclude_modules=".*vision_tower.*", init_lora_weights=False)
+    found = inspect_image(peft.get_peft_model(model, config).eval(), processor, make_image(3), layers=())
+    assert torch.equal(found.visual_words, before.visual_words)
+    assert not torch.allclose(found.predictions, before.predictions, atol=1e-2)
+
+
+def test_without_layers_a_decoder_needs_no_norm(vicuna, processor):
+    """Persimmon's has another name."""
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = PersimmonForCausalLM(PersimmonConfig(vocab_size=480, **size))
+    model = VWLMMForConditionalGeneration.from_vision_text_pretrained(
+        tiny_vision("clip"), text, image_token_index=processor.image_token_id
+    ).eval()
+    with pytest.raises(ValueError, match=r"has no `norm` .* Pass `layers=\(\)`"):
+        inspect_image(model, processor, make_image(3))
+    found = inspect_image(model, processor, make_image(3), layers=())
+    assert found.layers == () and found.layer_tokens.token_ids.shape == (0, 16, 5)
+    assert found.get_kl().isfinite().all()
+    assert draw_image(model, processor, make_image(3)).axes
 
 
 def test_refusals(vicuna, processor):

@@ -232,7 +232,9 @@ class TestVisualWords:
 
     def test_untrained_vm_head_is_said(self, inspected):
         untrained = replace(inspected, has_visual_words=False)
-        for draw in (draw_visual_words, draw_entropy, lambda image: draw_patch(image, 0, 0)):
+        word = inspected.get_text(int(inspected.get_top_words().token_ids[0, 0]))
+        draws = draw_visual_words, draw_entropy, lambda image: draw_patch(image, 0, 0), lambda i: draw_word(i, word)
+        for draw in draws:
             assert UNTRAINED in sum(map(get_text, draw(untrained).axes), [])
             assert UNTRAINED not in sum(map(get_text, draw(inspected).axes), [])
         assert UNTRAINED not in sum(map(get_text, draw_visual_words(untrained, ["nearest_tokens"]).axes), [])
