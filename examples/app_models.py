@@ -6,7 +6,7 @@ file is an image. Nothing of the page is here.
 import copy
 import threading
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from io import BytesIO
 from pathlib import Path
 
@@ -119,6 +119,13 @@ class Picture:
 
     def __init__(self, image: Image.Image, name: str, is_upload: bool = False) -> None:
         self.image, self.name, self.is_upload = image, name, is_upload
+
+    @cached_property
+    def thumbnail(self) -> Image.Image:
+        """The image with at most 160 pixels a side."""
+        small = self.image.copy()
+        small.thumbnail((160, 160))
+        return small
 
     def __deepcopy__(self, memo: dict) -> "Picture":
         return self

@@ -111,7 +111,7 @@ def render_tray(pictures: Sequence[Picture], looked_at: int) -> str:
     """The images to choose from, a button each."""
     buttons = [
         f'<button type="button" data-picture="{index}" aria-pressed="{"true" if index == looked_at else "false"}" '
-        f'aria-label="{escape(picture.name)}"><img src="{encode_thumbnail(picture)}" alt=""></button>'
+        f'aria-label="{escape(picture.name)}"><img src="{encode_uri(picture.thumbnail)}" alt=""></button>'
         for index, picture in enumerate(pictures)
     ]
     return f'<div class="tray" role="group" aria-label="Images">{"".join(buttons)}</div>'
@@ -120,16 +120,10 @@ def render_tray(pictures: Sequence[Picture], looked_at: int) -> str:
 def render_thumbnails(pictures: Sequence[Picture]) -> str:
     """Images of a message."""
     images = [
-        f'<img class="sent" src="{encode_thumbnail(picture)}" alt="{escape(picture.name)}">' for picture in pictures
+        f'<img class="sent" src="{encode_uri(picture.thumbnail)}" alt="{escape(picture.name)}">'
+        for picture in pictures
     ]
     return "".join(images)
-
-
-def encode_thumbnail(picture: Picture) -> str:
-    """A picture of at most 160 pixels a side, as a URI."""
-    small = picture.image.copy()
-    small.thumbnail((160, 160))
-    return encode_uri(small)
 
 
 def encode_uri(image: Image.Image) -> str:

@@ -249,7 +249,8 @@ def _get_grid(pixel_values: torch.Tensor, patch_size: int, num_patches: int) -> 
     if rows * columns != num_patches:
         raise ValueError(
             f"The model makes {num_patches} image tokens of an image of {rows} x {columns} patches; expected one a "
-            "patch. Patches of such a vision tower cannot be told apart."
+            "patch, to know where each is. A LaVIT that keeps a fixed number of tokens "
+            '(`visual_tokenizer_config.selection="top_k"`) cannot be inspected.'
         )
     return rows, columns
 
