@@ -291,6 +291,7 @@ class TestReport:
 
     def test_interval_by_hand(self, results, tmp_path, capsys):
         """Differences of 1 to 4 points: mean 2.5, deviation 1.291, error 0.6455, t 3.1824. The fifth has no pair."""
+        results["plan"] |= {"primary": [["visual_words", "language_alone"]], "comparisons": []}
         (tmp_path / "results.json").write_text(json.dumps(results))
         importlib.import_module("report").main([str(tmp_path / "results.json")])
         printed = capsys.readouterr().out
