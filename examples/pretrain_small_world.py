@@ -77,7 +77,7 @@ class World:
 
     Args:
         module (`ModuleType`): Makes the scenes.
-        phrases (`tuple[str, ...]`): Of questions and answers, with all of their words.
+        phrases (`tuple[str, ...]`): With the words of questions and answers that the small world lacks.
         vision_steps, llm_steps, exercise_steps (`int`): Of training; the last are the first ones of the LLM.
         caption_tokens (`int`): Of the longest caption, at least.
         start (`str`, *optional*): Name of the world whose parts these start from.
@@ -100,7 +100,7 @@ class World:
 WORLDS = {
     "small": World(
         small_world,
-        ("What colour is the How many are there Is there a Where is the Describe the image",),
+        (),
         vision_steps=900,
         llm_steps=3000,
         exercise_steps=300,
@@ -109,7 +109,6 @@ WORLDS = {
     "larger": World(
         larger_world,
         (
-            "What colour is the How many are there Is there a Where is the Describe the image",
             *larger_world.TEXTURES,
             *larger_world.DIRECTIONS,
             "What texture is covered nothing",
@@ -138,6 +137,7 @@ def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
         *world.module.PLACES,
         *world.module.NUMBERS,
         "yes no USER ASSISTANT a at the and shape shapes",
+        "What colour is the How many are there Is there a Where is the Describe the image",
         *world.phrases,
     ]
     words = dict.fromkeys(word.strip(".,'") for phrase in phrases for word in phrase.split())

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from accelerate.utils import is_peft_model
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from processing_vwlmm import VWLMMProcessor
 
@@ -25,8 +24,6 @@ from .adapters_vwlmm import to_dtype_of
 from .modeling_vwlmm import VWLMMForConditionalGeneration
 from .visual_words_vwlmm import get_distribution
 
-
-logger = logging.get_logger(__name__)
 
 DROPPED = -1  # in place of a token, where an image token is dropped
 
@@ -196,6 +193,8 @@ def inspect_image(
     inputs = processor.apply_chat_template([message], tokenize=True, return_dict=True, return_tensors="pt")
     inputs = inputs.to(model.device)
     encoded = model.get_image_features(inputs["pixel_values"].to(model.dtype), patch_boxes=inputs.get("patch_boxes"))
+    features = encoded.image_features[0]  # [N, D]
+    grid = _get_grid(inputs["pixel_values"], model.config.vision_config.patch_size, len(features))
     outputs = model(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
@@ -204,7 +203,6 @@ def inspect_image(
         use_cache=False,
     )
     is_image = inputs["input_ids"][0] == model.config.image_token_id  # [L]
-    features = encoded.image_features[0]  # [N, D]
     keep_mask = encoded.get("keep_mask")  # [1, N]
     keep_mask = torch.ones(len(features), dtype=torch.bool) if keep_mask is None else keep_mask[0].cpu()  # [N]
     words = get_distribution(model.model.vm_head, features, model.config.visual_word_temperature)  # [N, C]
@@ -223,7 +221,7 @@ def inspect_image(
         codes = model.model.find_codes(encoded.patch_features, encoded.get("keep_mask"))[0].cpu()  # [N]
     return InspectedImage(
         image=_to_image(inputs["pixel_values"][0], processor),
-        grid=_get_grid(inputs["pixel_values"], model.config.vision_config.patch_size, len(features)),
+        grid=grid,
         visual_words=words.log().cpu(),
         predictions=predictions.cpu(),
         cosines=(F.normalize(features.float(), dim=-1) @ embeddings.T).cpu(),

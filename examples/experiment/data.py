@@ -9,6 +9,7 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import larger_world
 import numpy as np
@@ -20,6 +21,11 @@ from small_world import Scene
 WORLDS = {"small": small_world, "larger": larger_world}
 NOISE = 40  # standard deviation of a pixel's noise, of 255
 PLACEHOLDER = "<image>"
+
+
+def get_world(plan: dict[str, Any], setting: str) -> str:
+    """Where the scenes of a setting are from, a name of `WORLDS`."""
+    return plan["settings"][setting].get("world", "small")
 
 
 def draw_scene(world: str, rng: random.Random, is_wanted: Callable[[Scene], bool]) -> Scene:

@@ -16,7 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import matplotlib
-from data import WORLDS
+from data import WORLDS, get_world
 from demo import markdown_table
 from evaluate import get_interval
 from measure import SETS
@@ -57,7 +57,7 @@ def find_comparisons(plan: dict[str, Any], done: dict[str, dict]) -> list[tuple[
 
 def make_tables(plan: dict[str, Any], setting: str, done: dict[str, dict]) -> str:
     """Arms, comparisons and visual words of a setting."""
-    kinds = WORLDS[plan["settings"][setting].get("world", "small")].KINDS
+    kinds = WORLDS[get_world(plan, setting)].KINDS
     columns = [("main", measure) for measure in (*kinds, "all", "present_found", "absent_denied")]
     columns += [(name, "all") for name in SETS[1:]]
     header = ["arm", "replicates", *kinds, "all", "present found", "absent denied"]

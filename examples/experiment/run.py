@@ -31,7 +31,7 @@ import objectives  # noqa: F401  makes the controls known
 import torch
 import train
 import yaml
-from data import write_questions, write_training_data
+from data import get_world, write_questions, write_training_data
 from evaluate import get_interval
 from measure import measure_arm, measure_words
 
@@ -80,11 +80,6 @@ def read_plan(path: Path) -> dict[str, Any]:
     read = {name: yaml.safe_load(recipe.read_text()) for name, recipe in recipes.items()}
     read["stage4"].pop("visual_loss_weight", None)  # the demo's; arms say theirs
     return plan | {"recipes": read}
-
-
-def get_world(plan: dict[str, Any], setting: str) -> str:
-    """Where the scenes of a setting are from."""
-    return plan["settings"][setting].get("world", "small")
 
 
 def get_questions(output: Path, world: str) -> Path:
