@@ -3,6 +3,7 @@ What the app asks of checkpoints and of uploads: answers as they are written, an
 file is an image. Nothing of the page is here.
 """
 
+import base64
 import copy
 import threading
 from collections.abc import Iterator
@@ -121,11 +122,11 @@ class Picture:
         self.image, self.name, self.is_upload = image, name, is_upload
 
     @cached_property
-    def thumbnail(self) -> Image.Image:
-        """The image with at most 160 pixels a side."""
+    def thumbnail(self) -> str:
+        """The image with at most 160 pixels a side, as a URI. An answer that grows shows it again and again."""
         small = self.image.copy()
         small.thumbnail((160, 160))
-        return small
+        return encode_uri(small)
 
     def __deepcopy__(self, memo: dict) -> "Picture":
         return self
@@ -217,8 +218,8 @@ def stream_answer(checkpoint: Checkpoint, reads_pseudo: bool, messages: list[dic
         raise failures[0]
 
 
-def encode_png(image: Image.Image) -> bytes:
-    """An image as the content of a PNG file."""
+def encode_uri(image: Image.Image) -> str:
+    """An image as a `data:` URI, which needs no file."""
     file = BytesIO()
     image.save(file, "PNG")
-    return file.getvalue()
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

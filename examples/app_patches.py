@@ -3,15 +3,13 @@ What the app shows of an image as HTML: a grid of buttons over the image, one a 
 Whatever comes from a vocabulary or a user is escaped. Nothing here refers to a file or to another host.
 """
 
-import base64
 import math
 from collections.abc import Sequence
 from html import escape
 
 import torch
-from app_models import Picture, encode_png
+from app_models import Picture, encode_uri
 from matplotlib import colormaps
-from PIL import Image
 
 from modeling_vwlmm.inspection import InspectedImage, TopTokens
 
@@ -111,7 +109,7 @@ def render_tray(pictures: Sequence[Picture], looked_at: int) -> str:
     """The images to choose from, a button each."""
     buttons = [
         f'<button type="button" data-picture="{index}" aria-pressed="{"true" if index == looked_at else "false"}" '
-        f'aria-label="{escape(picture.name)}"><img src="{encode_uri(picture.thumbnail)}" alt=""></button>'
+        f'aria-label="{escape(picture.name)}"><img src="{picture.thumbnail}" alt=""></button>'
         for index, picture in enumerate(pictures)
     ]
     return f'<div class="tray" role="group" aria-label="Images">{"".join(buttons)}</div>'
@@ -119,16 +117,8 @@ def render_tray(pictures: Sequence[Picture], looked_at: int) -> str:
 
 def render_thumbnails(pictures: Sequence[Picture]) -> str:
     """Images of a message."""
-    images = [
-        f'<img class="sent" src="{encode_uri(picture.thumbnail)}" alt="{escape(picture.name)}">'
-        for picture in pictures
-    ]
+    images = [f'<img class="sent" src="{picture.thumbnail}" alt="{escape(picture.name)}">' for picture in pictures]
     return "".join(images)
-
-
-def encode_uri(image: Image.Image) -> str:
-    """An image as a `data:` URI, which needs no file."""
-    return f"data:image/png;base64,{base64.b64encode(encode_png(image)).decode()}"
 
 
 def _describe_word(inspected: InspectedImage, word: str, values: torch.Tensor) -> str:
