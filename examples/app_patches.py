@@ -22,6 +22,7 @@ VIEWS = {
     "image": "the image as the vision tower sees it",
 }
 COLOURS = colormaps["viridis"]  # which colour-blind people can read
+LIGHT = 0.435  # share of them from which black stands out more than white
 NUM_WORDS = 5  # of a patch that is tapped
 
 
@@ -32,7 +33,7 @@ def render_patches(
     The image under a title, with a button on each patch, in one of `VIEWS`; or, of a word, where it lives.
 
     Raises:
-        ValueError: If no token of the vocabulary reads as the word.
+        ValueError: If no token of the vocabulary reads as the word, or every patch is dropped.
     """
     rows, columns = inspected.grid
     kept = inspected.keep_mask.tolist()
@@ -41,6 +42,11 @@ def render_patches(
         view, note = "nearest tokens", " (the VM head of this checkpoint has not been trained)"
     words = [""] * rows * columns
     if word.strip():
+        if not any(kept):
+            raise ValueError(
+                f"“{word.strip()}” is nowhere: of {len(kept)} patches the token selector has dropped all; expected "
+                "one or more that the decoder reads. Try another image, or a visual tokenizer of a lower `threshold`."
+            )
         values = inspected.find_word(word) if inspected.has_visual_words else inspected.find_near(word)
         shown = [_format(value) for value in values.tolist()]
         caption = _describe_word(inspected, word, values)
@@ -75,7 +81,7 @@ def render_patches(
     style = f"--columns:{columns};aspect-ratio:{columns}/{rows};background-image:url({encode_uri(inspected.image)})"
     return (
         f'<p class="side-title">{escape(title)}</p>'
-        f'<div class="patches {"tinted" if legend else ""}" role="group" aria-label="{label}" '
+        f'<div class="patches" role="group" aria-label="{label}" '
         f'data-columns="{columns}" style="{style}">{"".join(buttons)}</div>'
         f'{legend}<p class="caption">{escape(caption)}</p>'
     )
@@ -134,9 +140,12 @@ def _format(value: float) -> str:
 
 def _tint(values: torch.Tensor, lowest: float | None) -> tuple[list[str], str]:
     """
-    Colours of values `[N]`, from `lowest` or the lowest of them to the highest, as CSS; and the legend.
+    Colours of values `[N]`, from `lowest` or the lowest of them to the highest, as CSS; and the legend. Of none, where
+    every patch is dropped, there is neither.
     """
     kept = values[~values.isnan()]
+    if not len(kept):
+        return [""] * len(values), ""
     low = float(kept.min()) if lowest is None else lowest
     high = max(float(kept.max()), low + 1e-6)
     tints = []
@@ -146,7 +155,8 @@ def _tint(values: torch.Tensor, lowest: float | None) -> tuple[list[str], str]:
             continue
         share = (value - low) / (high - low)
         red, green, blue = (round(255 * channel) for channel in COLOURS(share)[:3])
-        tints.append(f"background:rgb({red} {green} {blue} / .8);color:{'#111' if share > 0.6 else '#fff'}")
+        ink, halo = ("#000", "#fff") if share > LIGHT else ("#fff", "#000")
+        tints.append(f"background:rgb({red} {green} {blue} / .8);color:{ink};--halo:{halo}")
     stops = ",".join("rgb({} {} {})".format(*(round(255 * c) for c in COLOURS(step / 8)[:3])) for step in range(9))
     legend = (
         f'<div class="legend"><span>{low:.2f}</span><i style="background:linear-gradient(90deg,{stops})"></i>'

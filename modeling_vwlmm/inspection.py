@@ -8,6 +8,7 @@ Shapes: `N` image tokens of the image, `L` sequence length, `S` layers, `D` hidd
 size of the LLM.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -20,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from processing_vwlmm import VWLMMProcessor
 
-from .adapters_vwlmm import to_dtype_of
+from .adapters_vwlmm import drops_tokens, to_dtype_of
 from .modeling_vwlmm import VWLMMForConditionalGeneration
 from .visual_words_vwlmm import get_distribution
 
@@ -189,10 +190,17 @@ def inspect_image(
             f"The decoder ({type(decoder).__name__}) has no `norm` behind its last layer; expected one, as Llama's, "
             "to read hidden states of other layers with. Pass `layers=()` to inspect all else."
         )
+    # A placeholder for each patch, also where prompts have one for each token that is kept (`selection="top_k"`).
+    processor = copy.copy(processor)
+    processor.num_image_tokens = None
     message = {"role": "user", "content": [{"type": "image", "image": image}]}
     inputs = processor.apply_chat_template([message], tokenize=True, return_dict=True, return_tensors="pt")
     inputs = inputs.to(model.device)
-    encoded = model.get_image_features(inputs["pixel_values"].to(model.dtype), patch_boxes=inputs.get("patch_boxes"))
+    pixel_values = inputs["pixel_values"].to(model.dtype)
+    kept, patch_features = model.model.select_tokens(pixel_values) if drops_tokens(model.config) else (None, None)
+    encoded = model.get_image_features(
+        pixel_values, patch_boxes=inputs.get("patch_boxes"), keep_mask=kept, patch_features=patch_features
+    )
     features = encoded.image_features[0]  # [N, D]
     grid = _get_grid(inputs["pixel_values"], model.config.vision_config.patch_size, len(features))
     outputs = model(
@@ -247,8 +255,7 @@ def _get_grid(pixel_values: torch.Tensor, patch_size: int, num_patches: int) -> 
     if rows * columns != num_patches:
         raise ValueError(
             f"The model makes {num_patches} image tokens of an image of {rows} x {columns} patches; expected one a "
-            "patch, to know where each is. A LaVIT that keeps a fixed number of tokens "
-            '(`visual_tokenizer_config.selection="top_k"`) cannot be inspected.'
+            "patch, to know where each is. Inspect a model whose adapter keeps them all in place."
         )
     return rows, columns
 

@@ -299,6 +299,45 @@ class TestPatches:
         word = patches.render_patches(inspected, "model", "KL", inspected.get_text(token))
         assert f": {inspected.find_near(inspected.get_text(token))[first]:.2f}" in word and "highest cosine" in word
 
+    def test_numbers_stand_out_from_their_colours(self):
+        def get_luminance(red: float, green: float, blue: float) -> float:
+            linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in (red, green, blue)]
+            return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+        tints, _ = patches._tint(torch.linspace(0, 1, 50), 0.0)
+        for tint in tints:
+            red, green, blue, ink, halo = re.match(
+                r"background:rgb\((\d+) (\d+) (\d+) / .8\);color:(#\w+);--halo:(#\w+)$", tint
+            ).groups()
+            behind = get_luminance(*(int(channel) / 255 for channel in (red, green, blue)))
+            assert (1.05 if ink == "#fff" else behind + 0.05) / (behind + 0.05 if ink == "#fff" else 0.05) > 4.5
+            assert {ink, halo} == {"#000", "#fff"}  # what shines through of the image can be as bright, or as dark
+
+    def test_no_patch_is_no_error(self, tmp_path, monkeypatch):
+        """A threshold that no patch reaches."""
+        convert_lavit_checkpoint(GOLDEN / "lavit/checkpoint", tmp_path)
+        lavit = models.Checkpoint(str(tmp_path))
+        options = lavit.get_model(False).model.visual_tokenizer.config
+        options.selection, options.threshold, options.min_tokens = "threshold", 1.1, 0
+        images = [models.Picture(make_image(5), "noise")]
+
+        def look(view: str, word: str) -> str:
+            return app.look({"LaVIT": lavit}, "LaVIT", "real", images, 0, view, word, None)[0]
+
+        monkeypatch.setattr(models.inspect(lavit, False, images[0]), "has_visual_words", True)  # KL is shown, too
+        for view in patches.VIEWS:
+            assert "0 of 16 patches kept" in look(view, "") and 'role="alert"' not in look(view, "")
+        found = look("KL", "red")
+        assert "0 of 16 patches kept" in found and 'class="legend"' not in found
+        assert "“red” is nowhere: of 16 patches the token selector has dropped all; expected one or more" in found
+
+    def test_a_tap_draws_no_grid(self, checkpoint, picture, inspected, tmp_path, monkeypatch):
+        found = {"VW-LMM": checkpoint, "none": models.Checkpoint(str(tmp_path))}
+        monkeypatch.delattr(app, "render_patches")
+        details = app.look_at_patch(found, "VW-LMM", "real", [picture], 0, 6)
+        assert details == patches.render_details(inspected, 6)
+        assert app.look_at_patch(found, "none", "real", [picture], 0, 6) == ""  # said where its patches would be
+
 
 class TestSpace:
     def test_card_is_valid(self):

@@ -88,6 +88,32 @@ def test_dropped_image_tokens_say_nothing(tmp_path):
     assert found.get_text(-1) == ""
 
 
+def test_a_fixed_number_of_tokens_is_shown_in_its_places(tmp_path):
+    """With `top_k` a prompt has a placeholder for each token that is kept, and does not say of which patch."""
+    lavit = tmp_path / "lavit"
+    convert_lavit_checkpoint(GOLDEN / "lavit" / "checkpoint", lavit)
+    model, processor = VWLMMForConditionalGeneration.from_pretrained(lavit), VWLMMProcessor.from_pretrained(lavit)
+    options = model.model.visual_tokenizer.config
+    options.selection, options.keep_rate = "top_k", 0.3
+    processor.num_image_tokens = options.num_fixed_tokens
+    found = inspect_image(model, processor, make_image(5), layers=[0, 2])
+    assert len(found.keep_mask) == 16 and found.keep_mask.sum() == processor.num_image_tokens == 5
+    assert (found.codes >= 0).equal(found.keep_mask)
+    message = {"role": "user", "content": [{"type": "image", "image": make_image(5)}]}
+    inputs = processor.apply_chat_template([message], tokenize=True, return_dict=True, return_tensors="pt")
+    is_image = inputs["input_ids"][0] == model.config.image_token_id
+    assert is_image.sum() == 5
+    with torch.no_grad():
+        outputs = model(**inputs, output_hidden_states=True)
+        predictions = outputs.logits[0, :-1][is_image[1:]].log_softmax(dim=-1)
+        layer = model.lm_head(model.model.language_model.norm(outputs.hidden_states[0][0, is_image]))
+    torch.testing.assert_close(found.predictions[found.keep_mask], predictions)
+    assert torch.equal(
+        found.get_nearest_tokens().token_ids[found.keep_mask, 0], model.get_nearest_tokens(inputs["pixel_values"])[0]
+    )
+    assert torch.equal(found.layer_tokens.token_ids[0, found.keep_mask], layer.topk(5).indices)
+
+
 def test_adapters_of_peft_count(vicuna, processor):
     peft = pytest.importorskip("peft")
     model = VWLMMForConditionalGeneration.from_pretrained(vicuna)
