@@ -4,6 +4,7 @@ Whatever comes from a vocabulary or a user is escaped. Nothing here refers to a 
 """
 
 import math
+import unicodedata
 from collections.abc import Sequence
 from html import escape
 
@@ -11,7 +12,7 @@ import torch
 from app_models import Picture, encode_uri
 from matplotlib import colormaps
 
-from modeling_vwlmm.inspection import InspectedImage, TopTokens
+from modeling_vwlmm.inspection import DROPPED, InspectedImage, TopTokens
 
 
 VIEWS = {
@@ -73,7 +74,7 @@ def render_patches(
         f'<button type="button" data-patch="{patch}" tabindex="{0 if patch == (selected or 0) else -1}" '
         f'aria-pressed="{"true" if patch == selected else "false"}" class="{"kept" if kept[patch] else "dropped"}" '
         f'aria-label="row {patch // columns + 1}, column {patch % columns + 1}: '
-        f'{escape(shown[patch]) if kept[patch] else "dropped"}" style="--letters:{max(len(shown[patch]), 4)};'
+        f'{escape(shown[patch]) if kept[patch] else "dropped"}" style="--letters:{_count_letters(shown[patch])};'
         f'{tints[patch]}"><span>{escape(shown[patch])}</span></button>'
         for patch in range(rows * columns)
     ]
@@ -99,7 +100,8 @@ def render_details(inspected: InspectedImage, patch: int | None) -> str:
         return f"<h3>{title}</h3><p>The token selector dropped this patch: the decoder does not read it.</p>"
     tables = []
     if inspected.has_visual_words:
-        title += f" · KL {inspected.get_kl()[patch]:.2f} nats"
+        kl = inspected.get_kl()[patch]  # NaN where nothing is before the patch
+        title += "" if kl.isnan() else f" · KL {kl:.2f} nats"
         tables.append(_render_top(inspected, patch, "Visual words", inspected.get_top_words(NUM_WORDS)))
     tables.append(_render_top(inspected, patch, "Predicted before it", inspected.get_top_predictions(NUM_WORDS)))
     tables.append(_render_top(inspected, patch, "Nearest tokens", inspected.get_nearest_tokens(NUM_WORDS)))
@@ -132,6 +134,11 @@ def _describe_word(inspected: InspectedImage, word: str, values: torch.Tensor) -
     row, column = divmod(best, inspected.grid[1])
     measure = "probability" if inspected.has_visual_words else "cosine (its VM head has not been trained)"
     return f"“{word.strip()}”: highest {measure} {values[best]:.2f}, row {row + 1}, column {column + 1}"
+
+
+def _count_letters(text: str) -> int:
+    """How many letters wide a text is, at least 4: those of Chinese, for example, are twice as wide as others."""
+    return max(sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text), 4)
 
 
 def _format(value: float) -> str:
@@ -170,5 +177,6 @@ def _render_top(inspected: InspectedImage, patch: int, title: str, top: TopToken
         f'<tr><th scope="row">{escape(inspected.get_text(token))}</th><td><i style="width:{max(value, 0):.0%}"></i>'
         f"</td><td>{value:.2f}</td></tr>"
         for token, value in zip(top.token_ids[patch].tolist(), top.values[patch].tolist(), strict=True)
+        if token != DROPPED
     ]
     return f"<table><caption>{title}</caption>{''.join(rows)}</table>"

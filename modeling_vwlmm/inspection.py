@@ -26,16 +26,16 @@ from .modeling_vwlmm import VWLMMForConditionalGeneration
 from .visual_words_vwlmm import get_distribution
 
 
-DROPPED = -1  # in place of a token, where an image token is dropped
+DROPPED = -1  # in place of a token, where there is none
 
 
 @dataclass
 class TopTokens:
     """
     token_ids (`torch.LongTensor` of shape `[N, k]`, or `[S, N, k]` of layers):
-        The first `k` tokens of each patch, best first; -1 where the image token is dropped.
+        The first `k` tokens of each patch, best first; -1 where the image token is dropped, or there is no prediction.
     values (`torch.Tensor` of the same shape):
-        Their probabilities, or cosines of nearest tokens; 0 where the image token is dropped.
+        Their probabilities, or cosines of nearest tokens; 0 where there is no token.
     """
 
     token_ids: torch.LongTensor
@@ -55,7 +55,8 @@ class InspectedImage:
     visual_words (`torch.Tensor` of shape `[N, C]`):
         Logarithms of the visual words `P'` (equation 4) at `config.visual_word_temperature`.
     predictions (`torch.Tensor` of shape `[N, C]`):
-        Logarithms of `Q`, what the decoder predicted at the position before the patch, which it had not seen.
+        Logarithms of `Q`, what the decoder predicted at the position before the patch, which it had not seen. NaN
+        where no position is before it: some prompts begin with the image.
     cosines (`torch.Tensor` of shape `[N, C]`):
         Cosines of the image features and the token embeddings (equation 3).
     keep_mask (`torch.BoolTensor` of shape `[N]`):
@@ -97,7 +98,10 @@ class InspectedImage:
         return _take_top(self.cosines, top_k, self.keep_mask, is_log=False)
 
     def get_kl(self) -> torch.Tensor:
-        """`KL(P' || Q)` of each patch in nats, the loss of stage IV (equation 6): `[N]`, NaN where it is dropped."""
+        """
+        `KL(P' || Q)` of each patch in nats, the loss of stage IV (equation 6): `[N]`, NaN where it is dropped, or
+        nothing is before it.
+        """
         words = self.visual_words.exp()
         return self._mark_dropped((torch.xlogy(words, words) - words * self.predictions).sum(dim=-1))
 
@@ -214,7 +218,8 @@ def inspect_image(
     keep_mask = encoded.get("keep_mask")  # [1, N]
     keep_mask = torch.ones(len(features), dtype=torch.bool) if keep_mask is None else keep_mask[0].cpu()  # [N]
     words = get_distribution(model.model.vm_head, features, model.config.visual_word_temperature)  # [N, C]
-    predictions = outputs.logits[0, :-1][is_image[1:]].float().log_softmax(dim=-1)  # [N, C]
+    predictions = outputs.logits[0, :-1][is_image[1:]].float().log_softmax(dim=-1)  # [N, C], or [N - 1, C]
+    predictions = F.pad(predictions, (0, 0, len(features) - len(predictions), 0), value=torch.nan)  # [N, C]
     embeddings = F.normalize(model.get_vocabulary_embeddings(features.device).float(), dim=-1)  # [C, D]
     shape = (len(layers), len(features), top_k)
     layer_tokens = TopTokens(torch.empty(shape, dtype=torch.long), torch.empty(shape))  # [S, N, k] each
@@ -228,7 +233,7 @@ def inspect_image(
     if model.model.visual_tokenizer is not None:
         codes = model.model.find_codes(encoded.patch_features, encoded.get("keep_mask"))[0].cpu()  # [N]
     return InspectedImage(
-        image=_to_image(inputs["pixel_values"][0], processor),
+        image=_to_image(inputs["pixel_values"][0].float().cpu(), processor),
         grid=grid,
         visual_words=words.log().cpu(),
         predictions=predictions.cpu(),
@@ -243,11 +248,11 @@ def inspect_image(
 
 
 def _take_top(values: torch.Tensor, top_k: int, keep_mask: torch.Tensor, is_log: bool) -> TopTokens:
-    """The highest of values `[N, C]`, nothing where an image token is dropped."""
+    """The highest of values `[N, C]`, nothing where an image token is dropped or there are no values."""
     top = values.topk(top_k, dim=-1)  # [N, k]
-    is_dropped = ~keep_mask.unsqueeze(-1)  # [N, 1]
+    is_none = ~keep_mask.unsqueeze(-1) | top.values.isnan()  # [N, k]
     values = top.values.exp() if is_log else top.values
-    return TopTokens(top.indices.masked_fill(is_dropped, DROPPED), values.masked_fill(is_dropped, 0))
+    return TopTokens(top.indices.masked_fill(is_none, DROPPED), values.masked_fill(is_none, 0))
 
 
 def _get_grid(pixel_values: torch.Tensor, patch_size: int, num_patches: int) -> tuple[int, int]:
@@ -265,7 +270,7 @@ def _to_image(pixel_values: torch.Tensor, processor: VWLMMProcessor) -> Image.Im
     images = processor.image_processor
     if images.do_normalize:
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (images.image_mean, images.image_std))
-        pixel_values = pixel_values.float().cpu() * std + mean
+        pixel_values = pixel_values * std + mean
     factor = images.rescale_factor if images.do_rescale else 1
     pixels = (pixel_values / factor).round().clamp(0, 255).to(torch.uint8)  # [3, H, W]
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())

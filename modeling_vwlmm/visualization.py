@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 from processing_vwlmm import VWLMMProcessor
 
-from .inspection import InspectedImage, TopTokens, inspect_image
+from .inspection import DROPPED, InspectedImage, TopTokens, inspect_image
 from .modeling_vwlmm import VWLMMForConditionalGeneration
 
 
@@ -638,6 +638,8 @@ def _draw_bars(
     axes.tick_params(axis="x", labelsize=8, length=2, colors=INK)
     axes.spines["left"].set(visible=lowest == 0, color="#909090")
     for index, (token, value) in enumerate(zip(found.token_ids.tolist(), values, strict=True)):
+        if token == DROPPED:  # nothing is before the first patch of some prompts
+            continue
         left = {"x": -0.04, "ha": "right", "transform": axes.get_yaxis_transform()}
         figure.write(axes, y=index, text=inspected.get_text(token), width=gutter, height=height, **left)
         end = value + 0.03 * (most - lowest)

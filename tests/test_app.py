@@ -144,11 +144,11 @@ class TestCheckpoints:
         found, missing = models.find_checkpoints([])
         assert list(found) == ["LaVIT"]
         assert "VLSA: `make demo-vlsa`" in missing and "LaVIT" not in missing
-        found, missing = models.find_checkpoints(["some/where/stage4", "me/mine"])
-        assert {name: own.source for name, own in found.items()} == {
-            "where/stage4": "some/where/stage4",
-            "me/mine": "me/mine",
-        }
+        found, missing = models.find_checkpoints(["some/where/stage4", "me/mine", "a/run/stage4", "b/run/stage4", "."])
+        expected = ["where/stage4", "me/mine", "a/run/stage4", "b/run/stage4", "/".join(tmp_path.parts[-2:])]
+        assert list(found) == expected  # in full where two end alike
+        sources = [own.source for own in found.values()]
+        assert sources == ["some/where/stage4", "me/mine", "a/run/stage4", "b/run/stage4", "."]
         assert missing == ""
 
     def test_a_checkpoint_that_is_none_is_named(self, tmp_path):
@@ -254,6 +254,12 @@ class TestPatches:
         assert labels[6][3] == patches.escape(word)
         assert re.findall(r'data-patch="(\d+)" tabindex="0" aria-pressed="true"', html) == ["5"]
         assert html.count('tabindex="0"') == html.count('aria-pressed="true"') == 1
+
+    def test_wide_letters_have_room(self, inspected, monkeypatch):
+        for word, letters in (("日本語", 6), ("שלום!", 5), ("a", 4)):
+            monkeypatch.setattr(type(inspected), "get_text", lambda self, token, word=word: word)
+            html = patches.render_patches(inspected, "model", "visual words")
+            assert html.count(f"--letters:{letters};") == 16
 
     @pytest.mark.parametrize("view", patches.VIEWS)
     def test_views_differ(self, inspected, view):

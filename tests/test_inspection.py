@@ -11,7 +11,7 @@ from transformers import PersimmonConfig, PersimmonForCausalLM
 
 from modeling_vwlmm import VWLMMForConditionalGeneration, convert_lavit_checkpoint
 from modeling_vwlmm.inspection import inspect_image
-from modeling_vwlmm.visualization import draw_image
+from modeling_vwlmm.visualization import draw_image, draw_patch, draw_visual_words
 from processing_vwlmm import VWLMMProcessor
 
 
@@ -112,6 +112,18 @@ def test_a_fixed_number_of_tokens_is_shown_in_its_places(tmp_path):
         found.get_nearest_tokens().token_ids[found.keep_mask, 0], model.get_nearest_tokens(inputs["pixel_values"])[0]
     )
     assert torch.equal(found.layer_tokens.token_ids[0, found.keep_mask], layer.topk(5).indices)
+
+
+def test_a_patch_that_opens_the_sequence_is_not_predicted(make_model_of_words):
+    """As with the template `plain`, where the tokenizer writes no BOS (Qwen's)."""
+    model, processor = make_model_of_words([*"abcdefgh"])
+    processor.chat_template = processor.get_chat_template("plain")
+    found = inspect_image(model, processor, make_image(3), top_k=2)
+    assert found.predictions[0].isnan().all() and found.predictions[1:].isfinite().all()
+    assert found.get_top_predictions(2).token_ids[0].tolist() == [-1, -1]
+    assert torch.equal(found.get_top_predictions(2).token_ids[1:], found.layer_tokens.token_ids[-1, :-1])
+    assert found.get_kl()[0].isnan() and found.get_kl()[1:].isfinite().all() and found.get_entropy().isfinite().all()
+    assert draw_visual_words(found).axes and draw_patch(found, 0, 0, top_k=2).axes
 
 
 def test_adapters_of_peft_count(vicuna, processor):
