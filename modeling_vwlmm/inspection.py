@@ -130,7 +130,10 @@ class InspectedImage:
         return self._mark_dropped(self.cosines[:, self._find_tokens(word)].amax(dim=-1))
 
     def get_text(self, token_id: int) -> str:
-        """A token as it can be shown: without the space before it, and by its name where it has no letters."""
+        """
+        A token as it can be shown: without the space before it, and by its name where it has no letters, in quotes if
+        that has none either.
+        """
         return "" if token_id == DROPPED else _read_token(self.tokenizer, token_id)
 
     def _find_tokens(self, word: str) -> list[int]:
@@ -192,7 +195,8 @@ def inspect_image(
     if layers and not hasattr(decoder, "norm"):
         raise ValueError(
             f"The decoder ({type(decoder).__name__}) has no `norm` behind its last layer; expected one, as Llama's, "
-            "to read hidden states of other layers with. Pass `layers=()` to inspect all else."
+            "to read hidden states of other layers with. Pass `layers=()`, or `--layers` without a number to the "
+            "lens, to inspect all else."
         )
     # A placeholder for each patch, also where prompts have one for each token that is kept (`selection="top_k"`).
     processor = copy.copy(processor)
@@ -237,7 +241,7 @@ def inspect_image(
         grid=grid,
         visual_words=words.log().cpu(),
         predictions=predictions.cpu(),
-        cosines=(F.normalize(features.float(), dim=-1) @ embeddings.T).cpu(),
+        cosines=(F.normalize(features.to(embeddings), dim=-1) @ embeddings.T).cpu(),
         keep_mask=keep_mask,
         codes=codes,
         layers=tuple(layers),
@@ -279,7 +283,14 @@ def _to_image(pixel_values: torch.Tensor, processor: VWLMMProcessor) -> Image.Im
 @cache
 def _read_token(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
     text = tokenizer.decode([token_id]).strip()
-    if text.isprintable() and text.strip("\ufffd"):
+    if _can_be_read(text):
         return text
-    # A space, a byte of a letter, or a row that embeddings have beyond the vocabulary.
-    return tokenizer.convert_ids_to_tokens(token_id) or f"token {token_id}"
+    # A space, a byte of a letter, a line break, or a row that embeddings have beyond the vocabulary.
+    name = tokenizer.convert_ids_to_tokens(token_id) or f"token {token_id}"
+    return name if _can_be_read(name) else repr(name)
+
+
+def _can_be_read(text: str) -> bool:
+    """Whether a text has letters, and nothing but these and what joins them, in Persian for example."""
+    letters = text.replace("\u200c", "").replace("\u200d", "")
+    return bool(letters.strip(" \ufffd")) and letters.isprintable()

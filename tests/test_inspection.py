@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `inspect_image` says of an image is what the model's own methods and losses say of it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -61,6 +63,22 @@ def test_find_word_sums_the_tokens_that_read_as_it(inspected):
     with pytest.raises(ValueError, match="No token reads 'zzzyx'.*tokenizer makes"):
         inspected.find_word("zzzyx")
     torch.testing.assert_close(inspected.find_near(word), inspected.cosines[:, tokens].amax(dim=-1))
+
+
+def test_each_token_can_be_shown(inspected, make_model_of_words):
+    """Gemma has tokens of line breaks; Persian joins letters with a sign of no width; U+202E turns what follows."""
+    texts = {
+        "\n\n": r"'\n\n'",
+        "\t": r"'\t'",
+        "\u202e": r"'\u202e'",
+        "می\u200cرود": "می\u200cرود",
+        "שלום": "שלום",
+        "▁": "▁",
+    }
+    _, processor = make_model_of_words([*texts])
+    shown = replace(inspected, tokenizer=processor.tokenizer)
+    assert [shown.get_text(processor.tokenizer.convert_tokens_to_ids(token)) for token in texts] == [*texts.values()]
+    assert shown.get_text(len(processor.tokenizer) + 5) == f"token {len(processor.tokenizer) + 5}"
 
 
 def test_patches_of_high_resolution_change_what_is_read(perceiving):
