@@ -6,6 +6,7 @@ Whatever comes from a vocabulary or a user is escaped. Nothing here refers to a 
 import math
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import replace
 from html import escape
 
 import torch
@@ -98,13 +99,16 @@ def render_details(inspected: InspectedImage, patch: int | None) -> str:
         title += f" · code {inspected.codes[patch].item()}"
     if not inspected.keep_mask[patch]:
         return f"<h3>{title}</h3><p>The token selector dropped this patch: the decoder does not read it.</p>"
+    # Of this patch alone: what all have is large.
+    names = ("visual_words", "predictions", "cosines", "keep_mask")
+    one = replace(inspected, **{name: getattr(inspected, name)[[patch]] for name in names})
     tables = []
-    if inspected.has_visual_words:
-        kl = inspected.get_kl()[patch]  # NaN where nothing is before the patch
-        title += "" if kl.isnan() else f" · KL {kl:.2f} nats"
-        tables.append(_render_top(inspected, patch, "Visual words", inspected.get_top_words(NUM_WORDS)))
-    tables.append(_render_top(inspected, patch, "Predicted before it", inspected.get_top_predictions(NUM_WORDS)))
-    tables.append(_render_top(inspected, patch, "Nearest tokens", inspected.get_nearest_tokens(NUM_WORDS)))
+    if one.has_visual_words:
+        kl = one.get_kl().item()  # NaN where nothing is before the patch
+        title += "" if math.isnan(kl) else f" · KL {kl:.2f} nats"
+        tables.append(_render_top(one, "Visual words", one.get_top_words(NUM_WORDS)))
+    tables.append(_render_top(one, "Predicted before it", one.get_top_predictions(NUM_WORDS)))
+    tables.append(_render_top(one, "Nearest tokens", one.get_nearest_tokens(NUM_WORDS)))
     return f'<h3>{title}</h3><div class="tables">{"".join(tables)}</div>'
 
 
@@ -172,11 +176,11 @@ def _tint(values: torch.Tensor, lowest: float | None) -> tuple[list[str], str]:
     return tints, legend
 
 
-def _render_top(inspected: InspectedImage, patch: int, title: str, top: TopTokens) -> str:
+def _render_top(inspected: InspectedImage, title: str, top: TopTokens) -> str:
     rows = [
         f'<tr><th scope="row">{escape(inspected.get_text(token))}</th><td><i style="width:{max(value, 0):.0%}"></i>'
         f"</td><td>{value:.2f}</td></tr>"
-        for token, value in zip(top.token_ids[patch].tolist(), top.values[patch].tolist(), strict=True)
+        for token, value in zip(top.token_ids[0].tolist(), top.values[0].tolist(), strict=True)
         if token != DROPPED
     ]
     return f"<table><caption>{title}</caption>{''.join(rows)}</table>"

@@ -338,10 +338,17 @@ class TestPatches:
         assert "“red” is nowhere: of 16 patches the token selector has dropped all; expected one or more" in found
 
     def test_a_tap_draws_no_grid(self, checkpoint, picture, inspected, tmp_path, monkeypatch):
+        """It reads its own patch alone: of 576 patches and 32,000 tokens each list takes a while."""
         found = {"VW-LMM": checkpoint, "none": models.Checkpoint(str(tmp_path))}
+        sizes, get_top_words = [], type(inspected).get_top_words
+        monkeypatch.setattr(
+            type(inspected),
+            "get_top_words",
+            lambda self, k: sizes.append(len(self.visual_words)) or get_top_words(self, k),
+        )
         monkeypatch.delattr(app, "render_patches")
         details = app.look_at_patch(found, "VW-LMM", "real", [picture], 0, 6)
-        assert details == patches.render_details(inspected, 6)
+        assert details == patches.render_details(inspected, 6) and sizes == [1, 1]
         assert app.look_at_patch(found, "none", "real", [picture], 0, 6) == ""  # said where its patches would be
 
 
