@@ -42,6 +42,7 @@ def write(folder: Path, models, names=("first.png", "second <b>.png"), **vision)
     model.config.trained_stages = [1, 2, 3, 4]
     images = [Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)) for _ in names]
     found = [inspect_image(model, processor, image, layers=[0, 1, 2]) for image in images]
+    found[0].layer_tokens.values = found[0].layer_tokens.values.clone()
     found[0].layer_tokens.values[0, 5, 0] = 1  # a word for certain, with the strongest colour
     page = make_lens(zip(names, found, strict=True), "a random <i>model</i>", 2)
     (folder / "lens.html").write_text(page)
