@@ -9,7 +9,8 @@ size of the LLM.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import is_peft_model
 from PIL import Image
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from processing_vwlmm import VWLMMProcessor
@@ -160,8 +162,8 @@ def inspect_image(
     top_k: int = 5,
 ) -> InspectedImage:
     """
-    Runs one image through a model, behind the beginning of the model's prompt. What follows the image does not matter:
-    no position of a decoder sees what is behind it.
+    Runs one image through a model, without dropout, behind the beginning of the model's prompt. What follows the image
+    does not matter: no position of a decoder sees what is behind it.
 
     Args:
         model ([`VWLMMForConditionalGeneration`]): The model, as it is or with PEFT's adapters in it.
@@ -175,9 +177,13 @@ def inspect_image(
         [`InspectedImage`]
 
     Raises:
-        ValueError: If a layer does not exist, if the vocabulary has fewer tokens than `top_k`, or the decoder has no
-            final norm to read layers with, if there are any.
+        ValueError: If there are several images, if a layer does not exist, if the vocabulary has fewer tokens than
+            `top_k`, or the decoder has no final norm to read layers with, if there are any.
     """
+    if isinstance(image, list | tuple):
+        raise ValueError(
+            f"`image` is a {type(image).__name__} of {len(image)}; expected one image. Call this for each."
+        )
     model = model.get_base_model() if is_peft_model(model) else model
     decoder = model.model.language_model
     num_layers = model.config.text_config.num_hidden_layers
@@ -205,19 +211,21 @@ def inspect_image(
     inputs = processor.apply_chat_template([message], tokenize=True, return_dict=True, return_tensors="pt")
     inputs = inputs.to(model.device)
     pixel_values = inputs["pixel_values"].to(model.dtype)
-    kept, patch_features = model.model.select_tokens(pixel_values) if drops_tokens(model.config) else (None, None)
-    encoded = model.get_image_features(
-        pixel_values, patch_boxes=inputs.get("patch_boxes"), keep_mask=kept, patch_features=patch_features
-    )
+    with _evaluation(model):
+        kept, patch_features = model.model.select_tokens(pixel_values) if drops_tokens(model.config) else (None, None)
+        encoded = model.get_image_features(
+            pixel_values, patch_boxes=inputs.get("patch_boxes"), keep_mask=kept, patch_features=patch_features
+        )
     features = encoded.image_features[0]  # [N, D]
     grid = _get_grid(inputs["pixel_values"], model.config.vision_config.patch_size, len(features))
-    outputs = model(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        mm_encoder_outputs={"image": encoded},
-        output_hidden_states=len(layers) > 0,
-        use_cache=False,
-    )
+    with _evaluation(model):
+        outputs = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            mm_encoder_outputs={"image": encoded},
+            output_hidden_states=len(layers) > 0,
+            use_cache=False,
+        )
     is_image = inputs["input_ids"][0] == model.config.image_token_id  # [L]
     keep_mask = encoded.get("keep_mask")  # [1, N]
     keep_mask = torch.ones(len(features), dtype=torch.bool) if keep_mask is None else keep_mask[0].cpu()  # [N]
@@ -249,6 +257,18 @@ def inspect_image(
         tokenizer=processor.tokenizer,
         has_visual_words=3 in model.config.trained_stages,
     )
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    """The model without dropout, and afterwards as it was."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _take_top(values: torch.Tensor, top_k: int, keep_mask: torch.Tensor, is_log: bool) -> TopTokens:

@@ -432,13 +432,7 @@ class LogsVisualWords(TrainerCallback):
 
     def _inspect(self) -> list[InspectedImage]:
         model = self._get_model()
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        try:
-            found = [inspect_image(model, self.trainer.processing_class, image, layers=()) for image in self.images]
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        found = [inspect_image(model, self.trainer.processing_class, image, layers=()) for image in self.images]
         # A stage is written down at its end: a VM head that learns in this run has begun to.
         learns = any(parameter.requires_grad for parameter in model.model.vm_head.parameters())
         return [replace(image, has_visual_words=image.has_visual_words or learns) for image in found]

@@ -154,6 +154,17 @@ def test_adapters_of_peft_count(vicuna, processor):
     assert not torch.allclose(found.predictions, before.predictions, atol=1e-2)
 
 
+def test_dropout_does_not_count(vicuna, processor, inspected):
+    """As of a model that a trainer leaves behind."""
+    model = VWLMMForConditionalGeneration.from_pretrained(vicuna).train()
+    model.model.vision_tower.eval()
+    for layer in model.model.language_model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    found = inspect_image(model, processor, make_image(3), layers=())
+    assert torch.equal(found.predictions, inspected.predictions)
+    assert model.training and not model.model.vision_tower.training
+
+
 def test_without_layers_a_decoder_needs_no_norm(vicuna, processor):
     """Persimmon's has another name."""
     size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -173,6 +184,8 @@ def test_refusals(vicuna, processor):
     model = VWLMMForConditionalGeneration.from_pretrained(vicuna)
     with pytest.raises(ValueError, match=r"`layers` has \[9\]; expected numbers from 0 to 3"):
         inspect_image(model, processor, make_image(1), layers=[1, 9])
+    with pytest.raises(ValueError, match="`image` is a list of 2; expected one image"):
+        inspect_image(model, processor, [make_image(1), make_image(2)])
     with pytest.raises(ValueError, match=r"`top_k` is 481; expected a number from 1 to 480"):
         inspect_image(model, processor, make_image(1), top_k=481)
 

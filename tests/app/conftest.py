@@ -81,6 +81,7 @@ FIND_FAINT = """
     const linear = color.map((c) => c / 255 <= 0.03928 ? c / 255 / 12.92 : ((c / 255 + 0.055) / 1.055) ** 2.4);
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2];
   };
+  for (const one of document.getAnimations()) if (one instanceof CSSTransition) one.finish();
   const found = [];
   for (const element of document.querySelectorAll("body *")) {
     const placeholder = element.value === "" ? element.placeholder : "";
