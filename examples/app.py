@@ -45,6 +45,8 @@ os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="vwlmm_app_")  # of uplo
 
 import gradio as gr
 
+from modeling_vwlmm.inspection import InspectedImage
+
 
 atexit.register(shutil.rmtree, os.environ["GRADIO_TEMP_DIR"], ignore_errors=True)
 logger = logging.getLogger(__name__)
@@ -122,12 +124,26 @@ def main(arguments: list[str] | None = None) -> None:
         server_port=args.port,
         share=args.share,
         max_file_size=MAX_BYTES,
-        theme=gr.themes.Default(
-            primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-        ),
+        theme=make_theme(),
         css_paths=Path(__file__).with_suffix(".css"),
         footer_links=[],
         ssr_mode=False,
+    )
+
+
+def make_theme() -> gr.themes.Base:
+    """Gradio's own, with a contrast of 4.5 and more where its text is too faint to read."""
+    theme = gr.themes.Default(
+        primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    )
+    return theme.set(
+        body_text_color_subdued="*neutral_500",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        button_cancel_background_fill="#dc2626",
+        button_cancel_background_fill_hover="#b91c1c",
     )
 
 
@@ -309,16 +325,14 @@ def look(
     """The patches of one side, and what is known of the one that was tapped."""
     if name == NOTHING:
         return gr.skip(), gr.skip()
-    try:
-        inspected = inspect(checkpoints[name], features == PSEUDO, pictures[looked_at])
-    except Exception as error:  # whatever a model makes of an image is said on the page
-        logger.exception("An image could not be inspected.")
-        return render_message(str(error)), ""
+    inspected = try_to_inspect(checkpoints[name], features, pictures[looked_at])
+    if isinstance(inspected, str):
+        return render_message(inspected), ""
     details = render_details(inspected, patch)
     title = f"{name} · {features} features"
     try:
         return render_patches(inspected, title, view, word, patch), details
-    except ValueError as error:  # no such word
+    except ValueError as error:  # no such word, or no patch
         return render_patches(inspected, title, view, "", patch) + render_message(str(error)), details
 
 
@@ -331,7 +345,19 @@ def look_at_patch(
     patch: int,
 ) -> str:
     """What is known of a patch. The image stays as it is, with the button that was pressed."""
-    return look(checkpoints, name, features, pictures, looked_at, "image", "", patch)[1]
+    if name == NOTHING:
+        return gr.skip()
+    inspected = try_to_inspect(checkpoints[name], features, pictures[looked_at])
+    return "" if isinstance(inspected, str) else render_details(inspected, patch)
+
+
+def try_to_inspect(checkpoint: Checkpoint, features: str, picture: Picture) -> InspectedImage | str:
+    """What a model makes of a picture, patch by patch; or what went wrong, in words for the page."""
+    try:
+        return inspect(checkpoint, features == PSEUDO, picture)
+    except Exception as error:  # whatever a model raises
+        logger.exception("An image could not be inspected.")
+        return str(error)
 
 
 def tap(event: gr.EventData) -> int:

@@ -6,6 +6,7 @@ file is an image. Nothing of the page is here.
 import base64
 import copy
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from functools import cached_property, lru_cache
 from io import BytesIO
@@ -90,14 +91,16 @@ class Checkpoint:
 
 def find_checkpoints(sources: list[str]) -> tuple[dict[str, Checkpoint], str]:
     """
-    The checkpoints to choose from, by name: those that are given, by the end of their path, or else those that the
-    demos have made; and a sentence on what is not there, which is empty if nothing is missing.
+    The checkpoints to choose from, by name: those that are given, by the end of their path, or by all of it where two
+    end alike, or else those that the demos have made; and a sentence on what is missing, which is empty if nothing is.
 
     Raises:
         ValueError: If there is none.
     """
     if sources:
-        return {"/".join(Path(source).parts[-2:]): Checkpoint(source) for source in sources}, ""
+        ends = {source: "/".join(Path(source).absolute().parts[-2:]) for source in sources}
+        counts = Counter(ends.values())
+        return {end if counts[end] == 1 else source: Checkpoint(source) for source, end in ends.items()}, ""
     found = {name: Checkpoint(folder) for name, folder, _ in DEMOS if (Path(folder) / "config.json").is_file()}
     missing = [f"{name}: `{target}`" for name, _, target in DEMOS if name not in found]
     if not found:

@@ -8,7 +8,9 @@ Shapes: `N` image tokens of the image, `L` sequence length, `S` layers, `D` hidd
 size of the LLM.
 """
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -16,25 +18,26 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import is_peft_model
 from PIL import Image
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from processing_vwlmm import VWLMMProcessor
 
-from .adapters_vwlmm import to_dtype_of
+from .adapters_vwlmm import drops_tokens, to_dtype_of
 from .modeling_vwlmm import VWLMMForConditionalGeneration
 from .visual_words_vwlmm import get_distribution
 
 
-DROPPED = -1  # in place of a token, where an image token is dropped
+DROPPED = -1  # in place of a token, where there is none
 
 
 @dataclass
 class TopTokens:
     """
     token_ids (`torch.LongTensor` of shape `[N, k]`, or `[S, N, k]` of layers):
-        The first `k` tokens of each patch, best first; -1 where the image token is dropped.
+        The first `k` tokens of each patch, best first; -1 where the image token is dropped, or there is no prediction.
     values (`torch.Tensor` of the same shape):
-        Their probabilities, or cosines of nearest tokens; 0 where the image token is dropped.
+        Their probabilities, or cosines of nearest tokens; 0 where there is no token.
     """
 
     token_ids: torch.LongTensor
@@ -54,7 +57,8 @@ class InspectedImage:
     visual_words (`torch.Tensor` of shape `[N, C]`):
         Logarithms of the visual words `P'` (equation 4) at `config.visual_word_temperature`.
     predictions (`torch.Tensor` of shape `[N, C]`):
-        Logarithms of `Q`, what the decoder predicted at the position before the patch, which it had not seen.
+        Logarithms of `Q`, what the decoder predicted at the position before the patch, which it had not seen. NaN
+        where no position is before it: some prompts begin with the image.
     cosines (`torch.Tensor` of shape `[N, C]`):
         Cosines of the image features and the token embeddings (equation 3).
     keep_mask (`torch.BoolTensor` of shape `[N]`):
@@ -96,7 +100,10 @@ class InspectedImage:
         return _take_top(self.cosines, top_k, self.keep_mask, is_log=False)
 
     def get_kl(self) -> torch.Tensor:
-        """`KL(P' || Q)` of each patch in nats, the loss of stage IV (equation 6): `[N]`, NaN where it is dropped."""
+        """
+        `KL(P' || Q)` of each patch in nats, the loss of stage IV (equation 6): `[N]`, NaN where it is dropped, or
+        nothing is before it.
+        """
         words = self.visual_words.exp()
         return self._mark_dropped((torch.xlogy(words, words) - words * self.predictions).sum(dim=-1))
 
@@ -125,7 +132,10 @@ class InspectedImage:
         return self._mark_dropped(self.cosines[:, self._find_tokens(word)].amax(dim=-1))
 
     def get_text(self, token_id: int) -> str:
-        """A token as it can be shown: without the space before it, and by its name where it has no letters."""
+        """
+        A token as it can be shown: without the space before it, and by its name where it has no letters, in quotes if
+        that has none either.
+        """
         return "" if token_id == DROPPED else _read_token(self.tokenizer, token_id)
 
     def _find_tokens(self, word: str) -> list[int]:
@@ -152,8 +162,8 @@ def inspect_image(
     top_k: int = 5,
 ) -> InspectedImage:
     """
-    Runs one image through a model, behind the beginning of the model's prompt. What follows the image does not matter:
-    no position of a decoder sees what is behind it.
+    Runs one image through a model, without dropout, behind the beginning of the model's prompt. What follows the image
+    does not matter: no position of a decoder sees what is behind it.
 
     Args:
         model ([`VWLMMForConditionalGeneration`]): The model, as it is or with PEFT's adapters in it.
@@ -167,9 +177,13 @@ def inspect_image(
         [`InspectedImage`]
 
     Raises:
-        ValueError: If a layer does not exist, if the vocabulary has fewer tokens than `top_k`, or the decoder has no
-            final norm to read layers with, if there are any.
+        ValueError: If there are several images, if a layer does not exist, if the vocabulary has fewer tokens than
+            `top_k`, or the decoder has no final norm to read layers with, if there are any.
     """
+    if isinstance(image, list | tuple):
+        raise ValueError(
+            f"`image` is a {type(image).__name__} of {len(image)}; expected one image. Call this for each."
+        )
     model = model.get_base_model() if is_peft_model(model) else model
     decoder = model.model.language_model
     num_layers = model.config.text_config.num_hidden_layers
@@ -187,26 +201,37 @@ def inspect_image(
     if layers and not hasattr(decoder, "norm"):
         raise ValueError(
             f"The decoder ({type(decoder).__name__}) has no `norm` behind its last layer; expected one, as Llama's, "
-            "to read hidden states of other layers with. Pass `layers=()` to inspect all else."
+            "to read hidden states of other layers with. Pass `layers=()`, or `--layers` without a number to the "
+            "lens, to inspect all else."
         )
+    # A placeholder for each patch, also where prompts have one for each token that is kept (`selection="top_k"`).
+    processor = copy.copy(processor)
+    processor.num_image_tokens = None
     message = {"role": "user", "content": [{"type": "image", "image": image}]}
     inputs = processor.apply_chat_template([message], tokenize=True, return_dict=True, return_tensors="pt")
     inputs = inputs.to(model.device)
-    encoded = model.get_image_features(inputs["pixel_values"].to(model.dtype), patch_boxes=inputs.get("patch_boxes"))
+    pixel_values = inputs["pixel_values"].to(model.dtype)
+    with _evaluation(model):
+        kept, patch_features = model.model.select_tokens(pixel_values) if drops_tokens(model.config) else (None, None)
+        encoded = model.get_image_features(
+            pixel_values, patch_boxes=inputs.get("patch_boxes"), keep_mask=kept, patch_features=patch_features
+        )
     features = encoded.image_features[0]  # [N, D]
     grid = _get_grid(inputs["pixel_values"], model.config.vision_config.patch_size, len(features))
-    outputs = model(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        mm_encoder_outputs={"image": encoded},
-        output_hidden_states=len(layers) > 0,
-        use_cache=False,
-    )
+    with _evaluation(model):
+        outputs = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            mm_encoder_outputs={"image": encoded},
+            output_hidden_states=len(layers) > 0,
+            use_cache=False,
+        )
     is_image = inputs["input_ids"][0] == model.config.image_token_id  # [L]
     keep_mask = encoded.get("keep_mask")  # [1, N]
     keep_mask = torch.ones(len(features), dtype=torch.bool) if keep_mask is None else keep_mask[0].cpu()  # [N]
     words = get_distribution(model.model.vm_head, features, model.config.visual_word_temperature)  # [N, C]
-    predictions = outputs.logits[0, :-1][is_image[1:]].float().log_softmax(dim=-1)  # [N, C]
+    predictions = outputs.logits[0, :-1][is_image[1:]].float().log_softmax(dim=-1)  # [N, C], or [N - 1, C]
+    predictions = F.pad(predictions, (0, 0, len(features) - len(predictions), 0), value=torch.nan)  # [N, C]
     embeddings = F.normalize(model.get_vocabulary_embeddings(features.device).float(), dim=-1)  # [C, D]
     shape = (len(layers), len(features), top_k)
     layer_tokens = TopTokens(torch.empty(shape, dtype=torch.long), torch.empty(shape))  # [S, N, k] each
@@ -220,11 +245,11 @@ def inspect_image(
     if model.model.visual_tokenizer is not None:
         codes = model.model.find_codes(encoded.patch_features, encoded.get("keep_mask"))[0].cpu()  # [N]
     return InspectedImage(
-        image=_to_image(inputs["pixel_values"][0], processor),
+        image=_to_image(inputs["pixel_values"][0].float().cpu(), processor),
         grid=grid,
         visual_words=words.log().cpu(),
         predictions=predictions.cpu(),
-        cosines=(F.normalize(features.float(), dim=-1) @ embeddings.T).cpu(),
+        cosines=(F.normalize(features.to(embeddings), dim=-1) @ embeddings.T).cpu(),
         keep_mask=keep_mask,
         codes=codes,
         layers=tuple(layers),
@@ -234,12 +259,24 @@ def inspect_image(
     )
 
 
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    """The model without dropout, and afterwards as it was."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 def _take_top(values: torch.Tensor, top_k: int, keep_mask: torch.Tensor, is_log: bool) -> TopTokens:
-    """The highest of values `[N, C]`, nothing where an image token is dropped."""
+    """The highest of values `[N, C]`, nothing where an image token is dropped or there are no values."""
     top = values.topk(top_k, dim=-1)  # [N, k]
-    is_dropped = ~keep_mask.unsqueeze(-1)  # [N, 1]
+    is_none = ~keep_mask.unsqueeze(-1) | top.values.isnan()  # [N, k]
     values = top.values.exp() if is_log else top.values
-    return TopTokens(top.indices.masked_fill(is_dropped, DROPPED), values.masked_fill(is_dropped, 0))
+    return TopTokens(top.indices.masked_fill(is_none, DROPPED), values.masked_fill(is_none, 0))
 
 
 def _get_grid(pixel_values: torch.Tensor, patch_size: int, num_patches: int) -> tuple[int, int]:
@@ -247,8 +284,7 @@ def _get_grid(pixel_values: torch.Tensor, patch_size: int, num_patches: int) -> 
     if rows * columns != num_patches:
         raise ValueError(
             f"The model makes {num_patches} image tokens of an image of {rows} x {columns} patches; expected one a "
-            "patch, to know where each is. A LaVIT that keeps a fixed number of tokens "
-            '(`visual_tokenizer_config.selection="top_k"`) cannot be inspected.'
+            "patch, to know where each is. Inspect a model whose adapter keeps them all in place."
         )
     return rows, columns
 
@@ -258,7 +294,7 @@ def _to_image(pixel_values: torch.Tensor, processor: VWLMMProcessor) -> Image.Im
     images = processor.image_processor
     if images.do_normalize:
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (images.image_mean, images.image_std))
-        pixel_values = pixel_values.float().cpu() * std + mean
+        pixel_values = pixel_values * std + mean
     factor = images.rescale_factor if images.do_rescale else 1
     pixels = (pixel_values / factor).round().clamp(0, 255).to(torch.uint8)  # [3, H, W]
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
@@ -267,7 +303,14 @@ def _to_image(pixel_values: torch.Tensor, processor: VWLMMProcessor) -> Image.Im
 @cache
 def _read_token(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
     text = tokenizer.decode([token_id]).strip()
-    if text.isprintable() and text.strip("\ufffd"):
+    if _can_be_read(text):
         return text
-    # A space, a byte of a letter, or a row that embeddings have beyond the vocabulary.
-    return tokenizer.convert_ids_to_tokens(token_id) or f"token {token_id}"
+    # A space, a byte of a letter, a line break, or a row that embeddings have beyond the vocabulary.
+    name = tokenizer.convert_ids_to_tokens(token_id) or f"token {token_id}"
+    return name if _can_be_read(name) else repr(name)
+
+
+def _can_be_read(text: str) -> bool:
+    """Whether a text has letters, and nothing but these and what joins them, in Persian for example."""
+    letters = text.replace("\u200c", "").replace("\u200d", "")
+    return bool(letters.strip(" \ufffd")) and letters.isprintable()

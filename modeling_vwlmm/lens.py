@@ -137,7 +137,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("images", nargs="+", metavar="image", help="image files")
     parser.add_argument("-o", "--output", type=Path, default=Path("lens.html"), help="file to write (lens.html)")
     parser.add_argument(
-        "--layers", type=int, nargs="+", help="decoder layers, 0 for what the decoder reads (up to 8, evenly spaced)"
+        "--layers",
+        type=int,
+        nargs="*",
+        help="decoder layers, 0 for what the decoder reads; no number for none (up to 8, evenly spaced)",
     )
     parser.add_argument("--top_k", type=int, default=5, help="tokens to keep of each list (5)")
     args = parser.parse_args(arguments)

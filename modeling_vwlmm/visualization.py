@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 from processing_vwlmm import VWLMMProcessor
 
-from .inspection import InspectedImage, TopTokens, inspect_image
+from .inspection import DROPPED, InspectedImage, TopTokens, inspect_image
 from .modeling_vwlmm import VWLMMForConditionalGeneration
 
 
@@ -432,13 +432,7 @@ class LogsVisualWords(TrainerCallback):
 
     def _inspect(self) -> list[InspectedImage]:
         model = self._get_model()
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        try:
-            found = [inspect_image(model, self.trainer.processing_class, image, layers=()) for image in self.images]
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        found = [inspect_image(model, self.trainer.processing_class, image, layers=()) for image in self.images]
         # A stage is written down at its end: a VM head that learns in this run has begun to.
         learns = any(parameter.requires_grad for parameter in model.model.vm_head.parameters())
         return [replace(image, has_visual_words=image.has_visual_words or learns) for image in found]
@@ -638,6 +632,8 @@ def _draw_bars(
     axes.tick_params(axis="x", labelsize=8, length=2, colors=INK)
     axes.spines["left"].set(visible=lowest == 0, color="#909090")
     for index, (token, value) in enumerate(zip(found.token_ids.tolist(), values, strict=True)):
+        if token == DROPPED:  # nothing is before the first patch of some prompts
+            continue
         left = {"x": -0.04, "ha": "right", "transform": axes.get_yaxis_transform()}
         figure.write(axes, y=index, text=inspected.get_text(token), width=gutter, height=height, **left)
         end = value + 0.03 * (most - lowest)

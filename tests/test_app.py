@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import threading
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -144,11 +145,11 @@ class TestCheckpoints:
         found, missing = models.find_checkpoints([])
         assert list(found) == ["LaVIT"]
         assert "VLSA: `make demo-vlsa`" in missing and "LaVIT" not in missing
-        found, missing = models.find_checkpoints(["some/where/stage4", "me/mine"])
-        assert {name: own.source for name, own in found.items()} == {
-            "where/stage4": "some/where/stage4",
-            "me/mine": "me/mine",
-        }
+        found, missing = models.find_checkpoints(["some/where/stage4", "me/mine", "a/run/stage4", "b/run/stage4", "."])
+        expected = ["where/stage4", "me/mine", "a/run/stage4", "b/run/stage4", "/".join(tmp_path.parts[-2:])]
+        assert list(found) == expected  # in full where two end alike
+        sources = [own.source for own in found.values()]
+        assert sources == ["some/where/stage4", "me/mine", "a/run/stage4", "b/run/stage4", "."]
         assert missing == ""
 
     def test_a_checkpoint_that_is_none_is_named(self, tmp_path):
@@ -170,7 +171,10 @@ class TestAnswers:
     def test_grow_to_what_generate_writes(self, checkpoint, picture, monkeypatch):
         monkeypatch.setattr(models, "MAX_NEW_TOKENS", 12)
         messages = converse(picture, "Describe the image.")
+        # What is read late comes at once: on a busy machine a tiny model has written all before anybody reads.
+        hook = checkpoint.get_model(False).register_forward_hook(lambda *_: time.sleep(0.05))
         pieces = list(models.stream_answer(checkpoint, False, messages))
+        hook.remove()
         inputs = checkpoint.processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
@@ -255,6 +259,12 @@ class TestPatches:
         assert re.findall(r'data-patch="(\d+)" tabindex="0" aria-pressed="true"', html) == ["5"]
         assert html.count('tabindex="0"') == html.count('aria-pressed="true"') == 1
 
+    def test_wide_letters_have_room(self, inspected, monkeypatch):
+        for word, letters in (("日本語", 6), ("שלום!", 5), ("a", 4)):
+            monkeypatch.setattr(type(inspected), "get_text", lambda self, token, word=word: word)
+            html = patches.render_patches(inspected, "model", "visual words")
+            assert html.count(f"--letters:{letters};") == 16
+
     @pytest.mark.parametrize("view", patches.VIEWS)
     def test_views_differ(self, inspected, view):
         others = [patches.render_patches(inspected, "model", other) for other in patches.VIEWS if other != view]
@@ -298,6 +308,52 @@ class TestPatches:
         token = int(inspected.get_nearest_tokens().token_ids[first, 0])
         word = patches.render_patches(inspected, "model", "KL", inspected.get_text(token))
         assert f": {inspected.find_near(inspected.get_text(token))[first]:.2f}" in word and "highest cosine" in word
+
+    def test_numbers_stand_out_from_their_colours(self):
+        def get_luminance(red: float, green: float, blue: float) -> float:
+            linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in (red, green, blue)]
+            return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+        tints, _ = patches._tint(torch.linspace(0, 1, 50), 0.0)
+        for tint in tints:
+            red, green, blue, ink, halo = re.match(
+                r"background:rgb\((\d+) (\d+) (\d+) / .8\);color:(#\w+);--halo:(#\w+)$", tint
+            ).groups()
+            behind = get_luminance(*(int(channel) / 255 for channel in (red, green, blue)))
+            assert (1.05 if ink == "#fff" else behind + 0.05) / (behind + 0.05 if ink == "#fff" else 0.05) > 4.5
+            assert {ink, halo} == {"#000", "#fff"}  # what shines through of the image can be as bright, or as dark
+
+    def test_no_patch_is_no_error(self, tmp_path, monkeypatch):
+        """A threshold that no patch reaches."""
+        convert_lavit_checkpoint(GOLDEN / "lavit/checkpoint", tmp_path)
+        lavit = models.Checkpoint(str(tmp_path))
+        options = lavit.get_model(False).model.visual_tokenizer.config
+        options.selection, options.threshold, options.min_tokens = "threshold", 1.1, 0
+        images = [models.Picture(make_image(5), "noise")]
+
+        def look(view: str, word: str) -> str:
+            return app.look({"LaVIT": lavit}, "LaVIT", "real", images, 0, view, word, None)[0]
+
+        monkeypatch.setattr(models.inspect(lavit, False, images[0]), "has_visual_words", True)  # KL is shown, too
+        for view in patches.VIEWS:
+            assert "0 of 16 patches kept" in look(view, "") and 'role="alert"' not in look(view, "")
+        found = look("KL", "red")
+        assert "0 of 16 patches kept" in found and 'class="legend"' not in found
+        assert "“red” is nowhere: of 16 patches the token selector has dropped all; expected one or more" in found
+
+    def test_a_tap_draws_no_grid(self, checkpoint, picture, inspected, tmp_path, monkeypatch):
+        """It reads its own patch alone: of 576 patches and 32,000 tokens each list takes a while."""
+        found = {"VW-LMM": checkpoint, "none": models.Checkpoint(str(tmp_path))}
+        sizes, get_top_words = [], type(inspected).get_top_words
+        monkeypatch.setattr(
+            type(inspected),
+            "get_top_words",
+            lambda self, k: sizes.append(len(self.visual_words)) or get_top_words(self, k),
+        )
+        monkeypatch.delattr(app, "render_patches")
+        details = app.look_at_patch(found, "VW-LMM", "real", [picture], 0, 6)
+        assert details == patches.render_details(inspected, 6) and sizes == [1, 1]
+        assert app.look_at_patch(found, "none", "real", [picture], 0, 6) == ""  # said where its patches would be
 
 
 class TestSpace:

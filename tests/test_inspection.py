@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `inspect_image` says of an image is what the model's own methods and losses say of it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from transformers import PersimmonConfig, PersimmonForCausalLM
 
 from modeling_vwlmm import VWLMMForConditionalGeneration, convert_lavit_checkpoint
 from modeling_vwlmm.inspection import inspect_image
-from modeling_vwlmm.visualization import draw_image
+from modeling_vwlmm.visualization import draw_image, draw_patch, draw_visual_words
 from processing_vwlmm import VWLMMProcessor
 
 
@@ -63,6 +65,22 @@ def test_find_word_sums_the_tokens_that_read_as_it(inspected):
     torch.testing.assert_close(inspected.find_near(word), inspected.cosines[:, tokens].amax(dim=-1))
 
 
+def test_each_token_can_be_shown(inspected, make_model_of_words):
+    """Gemma has tokens of line breaks; Persian joins letters with a sign of no width; U+202E turns what follows."""
+    texts = {
+        "\n\n": r"'\n\n'",
+        "\t": r"'\t'",
+        "\u202e": r"'\u202e'",
+        "می\u200cرود": "می\u200cرود",
+        "שלום": "שלום",
+        "▁": "▁",
+    }
+    _, processor = make_model_of_words([*texts])
+    shown = replace(inspected, tokenizer=processor.tokenizer)
+    assert [shown.get_text(processor.tokenizer.convert_tokens_to_ids(token)) for token in texts] == [*texts.values()]
+    assert shown.get_text(len(processor.tokenizer) + 5) == f"token {len(processor.tokenizer) + 5}"
+
+
 def test_patches_of_high_resolution_change_what_is_read(perceiving):
     model = VWLMMForConditionalGeneration.from_pretrained(perceiving)
     processor = VWLMMProcessor.from_pretrained(perceiving)
@@ -88,6 +106,44 @@ def test_dropped_image_tokens_say_nothing(tmp_path):
     assert found.get_text(-1) == ""
 
 
+def test_a_fixed_number_of_tokens_is_shown_in_its_places(tmp_path):
+    """With `top_k` a prompt has a placeholder for each token that is kept, and does not say of which patch."""
+    lavit = tmp_path / "lavit"
+    convert_lavit_checkpoint(GOLDEN / "lavit" / "checkpoint", lavit)
+    model, processor = VWLMMForConditionalGeneration.from_pretrained(lavit), VWLMMProcessor.from_pretrained(lavit)
+    options = model.model.visual_tokenizer.config
+    options.selection, options.keep_rate = "top_k", 0.3
+    processor.num_image_tokens = options.num_fixed_tokens
+    found = inspect_image(model, processor, make_image(5), layers=[0, 2])
+    assert len(found.keep_mask) == 16 and found.keep_mask.sum() == processor.num_image_tokens == 5
+    assert (found.codes >= 0).equal(found.keep_mask)
+    message = {"role": "user", "content": [{"type": "image", "image": make_image(5)}]}
+    inputs = processor.apply_chat_template([message], tokenize=True, return_dict=True, return_tensors="pt")
+    is_image = inputs["input_ids"][0] == model.config.image_token_id
+    assert is_image.sum() == 5
+    with torch.no_grad():
+        outputs = model(**inputs, output_hidden_states=True)
+        predictions = outputs.logits[0, :-1][is_image[1:]].log_softmax(dim=-1)
+        layer = model.lm_head(model.model.language_model.norm(outputs.hidden_states[0][0, is_image]))
+    torch.testing.assert_close(found.predictions[found.keep_mask], predictions)
+    assert torch.equal(
+        found.get_nearest_tokens().token_ids[found.keep_mask, 0], model.get_nearest_tokens(inputs["pixel_values"])[0]
+    )
+    assert torch.equal(found.layer_tokens.token_ids[0, found.keep_mask], layer.topk(5).indices)
+
+
+def test_a_patch_that_opens_the_sequence_is_not_predicted(make_model_of_words):
+    """As with the template `plain`, where the tokenizer writes no BOS (Qwen's)."""
+    model, processor = make_model_of_words([*"abcdefgh"])
+    processor.chat_template = processor.get_chat_template("plain")
+    found = inspect_image(model, processor, make_image(3), top_k=2)
+    assert found.predictions[0].isnan().all() and found.predictions[1:].isfinite().all()
+    assert found.get_top_predictions(2).token_ids[0].tolist() == [-1, -1]
+    assert torch.equal(found.get_top_predictions(2).token_ids[1:], found.layer_tokens.token_ids[-1, :-1])
+    assert found.get_kl()[0].isnan() and found.get_kl()[1:].isfinite().all() and found.get_entropy().isfinite().all()
+    assert draw_visual_words(found).axes and draw_patch(found, 0, 0, top_k=2).axes
+
+
 def test_adapters_of_peft_count(vicuna, processor):
     peft = pytest.importorskip("peft")
     model = VWLMMForConditionalGeneration.from_pretrained(vicuna)
@@ -96,6 +152,17 @@ def test_adapters_of_peft_count(vicuna, processor):
     found = inspect_image(peft.get_peft_model(model, config).eval(), processor, make_image(3), layers=())
     assert torch.equal(found.visual_words, before.visual_words)
     assert not torch.allclose(found.predictions, before.predictions, atol=1e-2)
+
+
+def test_dropout_does_not_count(vicuna, processor, inspected):
+    """As of a model that a trainer leaves behind."""
+    model = VWLMMForConditionalGeneration.from_pretrained(vicuna).train()
+    model.model.vision_tower.eval()
+    for layer in model.model.language_model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    found = inspect_image(model, processor, make_image(3), layers=())
+    assert torch.equal(found.predictions, inspected.predictions)
+    assert model.training and not model.model.vision_tower.training
 
 
 def test_without_layers_a_decoder_needs_no_norm(vicuna, processor):
@@ -117,6 +184,8 @@ def test_refusals(vicuna, processor):
     model = VWLMMForConditionalGeneration.from_pretrained(vicuna)
     with pytest.raises(ValueError, match=r"`layers` has \[9\]; expected numbers from 0 to 3"):
         inspect_image(model, processor, make_image(1), layers=[1, 9])
+    with pytest.raises(ValueError, match="`image` is a list of 2; expected one image"):
+        inspect_image(model, processor, [make_image(1), make_image(2)])
     with pytest.raises(ValueError, match=r"`top_k` is 481; expected a number from 1 to 480"):
         inspect_image(model, processor, make_image(1), top_k=481)
 

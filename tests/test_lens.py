@@ -90,6 +90,13 @@ def test_vlsa_shows_its_snapshot(perceiving, tmp_path):
     assert read_data((tmp_path / "lens.html").read_text())["images"][0]["width"] == 28
 
 
+def test_layers_can_be_left_out(vicuna, photo, tmp_path):
+    """Those of some decoders cannot be read."""
+    main([vicuna, photo, "-o", str(tmp_path / "lens.html"), "--layers"])
+    data = read_data((tmp_path / "lens.html").read_text())
+    assert data["layers"] == data["images"][0]["layers"] == [] and data["images"][0]["predictions"]["tokens"]
+
+
 def test_an_image_of_576_patches_and_8_layers_is_small(make_model_of_words):
     """Even if hardly any token repeats, and the image is noise, which PNG does not make smaller."""
     rng = random.Random(0)

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import DESKTOP, PHONE
+from conftest import DESKTOP, PHONE, find_faint
 from PIL import Image
 from playwright.sync_api import Page, expect
 
@@ -389,6 +389,24 @@ def test_on_a_phone(phone, served):
     phone.get_by_role("button", name="Stop").tap()
     wait_for_answer(phone)
     assert phone.evaluate("document.documentElement.scrollWidth") <= PHONE["viewport"]["width"]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_bright_and_dark(open_page, served, screenshots, scheme):
+    page = visit(open_page(**DESKTOP, color_scheme=scheme), served)
+    assert find_faint(page, ".patches") == []
+    page.locator("#patches0 button[data-patch='6']").click()
+    expect(page.locator("#details0 table").first).to_be_visible()
+    page.get_by_label("Where is a word?").fill("zzzyx")
+    page.get_by_label("Where is a word?").press("Enter")
+    expect(page.get_by_role("alert")).to_be_visible()
+    ask(page, "Describe the image.")
+    expect(page.get_by_role("button", name="Stop")).to_be_visible()
+    assert find_faint(page, ".patches") == []
+    page.get_by_role("button", name="Stop").click()
+    wait_for_answer(page)
+    page.screenshot(path=screenshots / f"app_{scheme}.png", full_page=True)
+    assert find_faint(page, ".patches") == []
 
 
 def test_nothing_is_left_behind(desktop, served):

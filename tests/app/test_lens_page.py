@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import DESKTOP
+from conftest import DESKTOP, find_faint
 from PIL import Image
 from playwright.sync_api import Locator, Page, expect
 
@@ -42,6 +42,8 @@ def write(folder: Path, models, names=("first.png", "second <b>.png"), **vision)
     model.config.trained_stages = [1, 2, 3, 4]
     images = [Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)) for _ in names]
     found = [inspect_image(model, processor, image, layers=[0, 1, 2]) for image in images]
+    found[0].layer_tokens.values = found[0].layer_tokens.values.clone()
+    found[0].layer_tokens.values[0, 5, 0] = 1  # a word for certain, with the strongest colour
     page = make_lens(zip(names, found, strict=True), "a random <i>model</i>", 2)
     (folder / "lens.html").write_text(page)
     data = json.loads(re.search(r'id="data">(.*?)</script>', page, flags=re.DOTALL)[1])
@@ -313,6 +315,10 @@ def test_bright_and_dark(open_page, lens, screenshots, scheme):
     assert get_contrast(page, "#lists .token", "#lists .bar") > 4.5
     assert get_contrast(page, "#overlays input:checked + span", "#overlays input:checked + span") > 4.5
     page.screenshot(path=screenshots / f"lens_{scheme}.png", full_page=True)
+    page.get_by_text("How to read this page").click()
+    assert find_faint(page, "#grid") == []
+    page.get_by_role("radio", name="Where is").check()  # a word, which nobody has typed yet
+    assert find_faint(page, "#grid") == []
 
 
 def test_no_motion_where_none_is_wanted(open_page, lens):
