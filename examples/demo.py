@@ -150,11 +150,7 @@ def choose() -> None:
     """Prints what stages III make of visual words, and stages IV of answers, on a validation split."""
     write_llava_dataset(RUNS / "validation", 0, 0, NUM_QUESTIONS, seed=1)
     records = read_held_out(RUNS / "validation")
-    runs = {("", 0): ["--visual_loss_weight", "0"]}
-    for rate, passes in CHOICES:
-        start = f"stage3_{rate}_{passes}"
-        for weight in WEIGHTS:
-            runs[start, weight] = ["--visual_loss_weight", str(weight), "--model_name_or_path", str(RUNS / start)]
+    runs = find_choices()
     with make_pool() as pool:
         list(pool.map(choose_stage3, *zip(*CHOICES, strict=True)))
         folders = [f"stage4_{start}_{weight}" for start, weight in runs]
@@ -163,17 +159,32 @@ def choose() -> None:
     right = {run: measure_answers(reading.answers, records)["all"] for run, reading in readings.items()}
     rows = []
     for rate, passes in CHOICES:
-        start = f"stage3_{rate}_{passes}"
+        start = name_stage3(rate, passes)
         words = measure_patches(readings[start, WEIGHTS[0]].visual_words, records)["attribute"]
         rows.append([rate, passes, f"{words:.1%}", *(f"{right[start, weight]:.1%}" for weight in WEIGHTS)])
     header = ["stage III", "passes", "a true attribute", *(f"exact match, weight {weight}" for weight in WEIGHTS)]
-    print(f"\n{NUM_QUESTIONS} validation questions; without visual loss {right['', 0]:.1%}\n")
+    print(f"\n{NUM_QUESTIONS} validation questions; without visual loss {right['stage2', 0]:.1%}\n")
     print(markdown_table(header, rows))
+
+
+def find_choices() -> dict[tuple[str, float], list[str]]:
+    """The stages IV that `--choose` tries: what each starts from, how its visual loss weighs, and its options."""
+    starts = [("stage2", 0)]  # without a visual loss nothing reads the VM head
+    starts += [(name_stage3(rate, passes), weight) for rate, passes in CHOICES for weight in WEIGHTS]
+    return {
+        (start, weight): ["--visual_loss_weight", str(weight), "--model_name_or_path", str(RUNS / start)]
+        for start, weight in starts
+    }
+
+
+def name_stage3(rate: str, passes: str) -> str:
+    """The folder of a stage III of `CHOICES`."""
+    return f"stage3_{rate}_{passes}"
 
 
 def choose_stage3(rate: str, passes: str) -> None:
     """Trains a stage III of `CHOICES`."""
-    folder = RUNS / f"stage3_{rate}_{passes}"
+    folder = RUNS / name_stage3(rate, passes)
     with log_to(folder.with_name(f"{folder.name}.log")):
         options = ["--learning_rate", rate, "--num_train_epochs", passes, "--output_dir", str(folder)]
         train.main(["--config", str(RECIPES / "stage3.yaml"), *options])

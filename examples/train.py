@@ -281,15 +281,20 @@ def read_visual_words(script_args: ScriptArguments) -> Callable[[VWLMMTrainer], 
     return partial(LogsVisualWords, images=images, steps=script_args.visual_words_steps)
 
 
-def read_config_changes(script_args: ScriptArguments) -> dict[str, Any]:
+def read_config_changes(script_args: ScriptArguments, trains_tokenizer: bool) -> dict[str, Any]:
     """
-    Fields of the model's config that a recipe sets, of which any model has all.
+    Fields of the model's config that a recipe sets, of which any model with an LLM has all.
 
     Raises:
-        ValueError: If a temperature is no finite number above 0.
+        ValueError: If a temperature is no finite number above 0, or a visual tokenizer is trained.
     """
     names = ("use_pseudo_image_features", "visual_word_temperature", "pseudo_image_feature_temperature")
     changes = {name: value for name in names if (value := getattr(script_args, name)) is not None}
+    if changes and trains_tokenizer:
+        raise ValueError(
+            f"`{'`, `'.join(changes)}` is set, and stage 1 of LaVIT trains a visual tokenizer, which has no visual "
+            "words. Leave it out."
+        )
     VWLMMConfig(**changes)
     return changes
 
@@ -340,7 +345,7 @@ def main(args: list[str] | None = None) -> None:
     """Trains the stage that the command line, or `args` in its place, describes."""
     parser = TrlParser((ScriptArguments, VWLMMTrainingArguments, ModelConfig))
     script_args, training_args, model_args = parser.parse_args_and_config(args)
-    changes = read_config_changes(script_args)
+    changes = read_config_changes(script_args, training_args.trains_tokenizer)
     make_visual_words = read_visual_words(script_args)
     set_seed(training_args.seed)  # stage I draws adapter and VM head
     if script_args.check:

@@ -317,6 +317,7 @@ class TokenLabels(VisualWords):
             labels, num_images = example.get("image_labels"), len(example.get("images") or [])
             if labels is None:  # of a sample without, among others
                 labels = [[-100] * image_seq_length] * num_images
+            _check_is_list("The `image_labels` of a sample", labels, "a list with one list for each image")
             if len(labels) != num_images:
                 raise ValueError(
                     f"There are `image_labels` for {len(labels)} images, and {num_images} images; expected one list "
@@ -327,6 +328,7 @@ class TokenLabels(VisualWords):
 
     @staticmethod
     def _read(image: Sequence[int | str | None], num_tokens: int, processor: Any) -> list[int]:
+        _check_is_list("The `image_labels` of an image", image, "a list with one label for each of its tokens")
         if len(image) != num_tokens:
             raise ValueError(
                 f"An image has {len(image)} `image_labels`; expected {num_tokens}, one for each of its tokens, and "
@@ -343,12 +345,17 @@ class TokenLabels(VisualWords):
                 # A word inside a text: most tokenizers know it with a mark of the space in front of it.
                 forms = tokenizer.convert_tokens_to_ids([f"Ġ{label}", f"▁{label}", label])
                 known = [form for form in forms if form not in (None, tokenizer.unk_token_id)]
-                if not known:
+                if not known or not label:
                     raise ValueError(
                         f"The image label {label!r} is no token of the tokenizer. Give the id of a token, or a word "
                         "that is one."
                     )
                 label = known[0]
+            elif isinstance(label, bool) or not hasattr(label, "__index__"):  # a tensor would cut 5.7 to 5
+                raise ValueError(
+                    f"The image label {label!r} is a {type(label).__name__}; expected the id of a token as an "
+                    "integer, a word, or -100 or None where none is given."
+                )
             if label != -100 and not (0 <= label < len(tokenizer) and label != processor.image_token_id):
                 raise ValueError(
                     f"The image label {label} is no id of a token to predict; expected one below {len(tokenizer)}, "
@@ -356,6 +363,11 @@ class TokenLabels(VisualWords):
                 )
             ids.append(label)
         return ids
+
+
+def _check_is_list(name: str, value: Any, expected: str) -> None:
+    if isinstance(value, str) or not hasattr(value, "__len__"):
+        raise ValueError(f"{name} are {value!r}; expected {expected}.")
 
 
 class Features(VisualWords):

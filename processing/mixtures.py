@@ -37,8 +37,9 @@ def mix_datasets(datasets: Sequence[Dataset], weights: Sequence[float], seed: in
         `datasets.Dataset`. Its fingerprint follows from those of `datasets`, the weights and the seed.
 
     Raises:
-        ValueError: If there is no dataset, not one weight for each, a weight that is not positive and finite, or if
-            columns or their types differ, or if datasets have codebook indices of different VQ models.
+        ValueError: If there is no dataset, not one weight for each, a weight that is not positive and finite or that
+            leaves no sample, or if columns or their types differ, or if datasets have codebook indices of different VQ
+            models.
     """
     datasets = list(datasets)
     if not datasets or len(datasets) != len(weights):
@@ -65,8 +66,13 @@ def mix_datasets(datasets: Sequence[Dataset], weights: Sequence[float], seed: in
         drawn = np.random.default_rng([seed, number]).choice(len(dataset), num_drawn, replace=False)
         if copies or num_drawn:
             parts.append(dataset.select([*range(len(dataset))] * int(copies) + np.sort(drawn).tolist()))
+        elif len(dataset):
+            raise ValueError(
+                f"No sample is left of dataset {number}: its weight is {weight}, and it has {len(dataset)}. Raise the "
+                "weight, or leave the dataset out."
+            )
     if not parts:
-        raise ValueError(f"No sample is left: {list(weights)} of {[len(dataset) for dataset in datasets]} samples.")
+        raise ValueError("No sample is left: all datasets are empty.")
     mixed = concatenate_datasets(parts)
     if transform is not None:
         mixed = mixed.with_transform(transform)

@@ -111,6 +111,11 @@ def test_temperature_that_is_none(dry_run, name):
         dry_run(f"--{name}", "-1")
 
 
+def test_what_a_visual_tokenizer_has_not(dry_run):
+    with pytest.raises(ValueError, match="`visual_word_temperature` is set, .* which has no visual words"):
+        dry_run("--method", "lavit", "--learning_rate", "1e-3", "--visual_word_temperature", "0.5")
+
+
 def add_document(file: Path) -> None:
     file.write_text(json.dumps([*json.loads(file.read_text()), {"id": "document", "text": "a red circle"}]))
 

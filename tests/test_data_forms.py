@@ -84,6 +84,15 @@ def test_text_alone(train, order):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def test_a_text_among_single_images(train):
+    texts = [QUESTION + ANSWER] * 3 + [[{"role": "user", "content": [{"type": "text", "text": "Who?"}]}, *ANSWER]]
+    lists = Dataset.from_dict({"messages": texts, "images": [*([image] for image in IMAGES[:3]), []]})
+    single = Dataset.from_dict({"messages": texts, "image": [*IMAGES[:3], None]}).cast_column("image", Image())
+    expected, found = train(lists.cast_column("images", List(Image()))), train(single)
+    for name in ("loss", "num_text_positions", "num_image_positions"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-5), name
+
+
 def test_images_inside_messages_are_refused(train):
     part = {"type": Value("string"), "text": Value("string"), "image": Image()}
     features = Features({"messages": List({"role": Value("string"), "content": List(part)})})

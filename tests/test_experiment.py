@@ -303,6 +303,7 @@ class TestReport:
         assert (tmp_path / "report.md").read_text() == printed.removesuffix("\n")
         importlib.import_module("report").main([str(tmp_path / "results.json"), "--from_replicate", "3"])
         assert "| visual_words − language_alone | yes     | 2          | +3.5 ± 6.4" in capsys.readouterr().out
+        assert (tmp_path / "report.md").read_text() == printed.removesuffix("\n")  # still that of all
         assert (tmp_path / "report.png").stat().st_size > 1000
 
 

@@ -514,6 +514,13 @@ class TestUnifiedPreTraining:
         trainer = train_model(make_model(trained), lavit_processor, pairs, tmp_path, text_first_share=1.0)
         batch = trainer.data_collator([pairs[0], pairs[1]])
         assert batch["read_as_codes"].tolist() == [True, False]  # a caption, a question
+        samples = [dict(pairs[0]), dict(pairs[1])]
+        for sample in samples:  # the same in another form
+            (sample["image"],), messages = sample.pop("images"), sample.pop("messages")
+            sample |= {"prompt": messages[:1], "completion": messages[1:]}
+        found = trainer.data_collator(samples)
+        assert torch.equal(found["input_ids"], batch["input_ids"])
+        assert found["read_as_codes"].tolist() == [True, False]
         with_codes = pairs.select([0, 1]).map(tokenize_images(trained, lavit_processor), batched=True)
         codes = trainer.data_collator([*with_codes])["read_as_codes"].tolist()
         assert codes == [with_codes[0]["image_codes"][0], [-1] * len(codes[1])]

@@ -55,8 +55,10 @@ class TestMix:
             mix_datasets([numbers(0, 2)], [1, 1])
         with pytest.raises(ValueError, match="Give all of them the same columns"):
             mix_datasets([numbers(0, 2), Dataset.from_dict({"text": ["a"]})], [1, 1])
-        with pytest.raises(ValueError, match="No sample is left"):
-            mix_datasets([numbers(0, 2)], [0.1])
+        with pytest.raises(ValueError, match="No sample is left of dataset 1: its weight is 0.1, and it has 2"):
+            mix_datasets([numbers(0, 2), numbers(0, 2)], [1, 0.1])
+        with pytest.raises(ValueError, match="No sample is left: all datasets are empty"):
+            mix_datasets([numbers(0, 0)], [0.1])
 
 
 @pytest.fixture

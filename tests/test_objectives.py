@@ -302,6 +302,12 @@ class TestColumnOfLabels:
             ([[IMAGE] * N], r"^Sample 'sample-0': The image label 480 is no id .*not the image placeholder's \(480\)"),
             ([[-1] * N], r"^Sample 'sample-0': The image label -1 is no id of a token"),
             ([[C + 1] * N], r"^Sample 'sample-0': The image label 481 is no id of a token"),
+            ([[5.7] * N], r"^Sample 'sample-0': The image label 5\.7 is a float; expected the id of a token as an"),
+            ([[True] * N], r"^Sample 'sample-0': The image label True is a bool"),
+            ([[""] * N], r"^Sample 'sample-0': The image label '' is no token"),
+            ([None], r"^Sample 'sample-0': The `image_labels` of an image are None; expected a list with one label"),
+            (["a" * N], r"^Sample 'sample-0': The `image_labels` of an image are 'a+'; expected a list"),
+            (5, r"^Sample 'sample-0': The `image_labels` of a sample are 5; expected a list with one list for each"),
         ],
         ids=str,
     )

@@ -960,6 +960,10 @@ class TestErrors:
         with pytest.raises(ValueError, match="sample-4"):
             make_trainer(2, broken, global_batch_size=4).train()
 
+    def test_no_samples(self, make_trainer, dataset):
+        with pytest.raises(ValueError, match="The training dataset has no samples"):
+            make_trainer(4, dataset.select([]))
+
     def test_image_that_cannot_be_read_names_its_file(self, make_trainer, dataset, tmp_path):
         (tmp_path / "broken.png").write_bytes(b"no image")
         row = {"id": ["a"], "messages": [dataset[0]["messages"]], "images": [[str(tmp_path / "broken.png")]]}
@@ -986,6 +990,12 @@ class TestWarnings:
         (message,) = warnings_of(4, [1, 2])
         assert "builds on stage 3" in message
         assert "model.vm_head may never have been trained" in message
+
+    def test_pseudo_image_features_of_a_vm_head_that_was_never_trained(self, warnings_of, model):
+        assert not warnings_of(4, [1, 2], visual_loss_weight=0)  # nothing reads it
+        model.config.use_pseudo_image_features = True
+        (message,) = warnings_of(4, [1, 2], visual_loss_weight=0)
+        assert "builds on stage 3" in message
 
     def test_stage_3_on_a_fresh_vm_head(self, warnings_of):
         (message,) = warnings_of(3, [1, 2])

@@ -3,7 +3,8 @@ Tables and a figure of the experiment, from its results alone:
 
     python examples/experiment/report.py runs/experiment/results.json
 
-It prints the tables in Markdown, and writes them and the figure beside the results.
+It prints the tables in Markdown, and writes them and the figure beside the results; of a part of the replicates it
+prints them alone.
 """
 
 import argparse
@@ -27,10 +28,10 @@ import matplotlib.pyplot as plt
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Writes `report.md` and `report.png` into the folder of the results."""
+    """Prints the tables, and of all replicates writes `report.md` and `report.png` into the folder of the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
-    parser.add_argument("--from_replicate", type=int, default=0, help="leaves those before it out")
+    parser.add_argument("--from_replicate", type=int, default=0, help="leaves those before it out, and writes nothing")
     args = parser.parse_args(arguments)
     path, results = args.results, json.loads(args.results.read_text())
     for setting, done in results["settings"].items():
@@ -38,8 +39,9 @@ def main(arguments: list[str] | None = None) -> None:
     changes = "".join(f"- {change}\n" for change in results["plan"]["changes"]) or "- none\n"
     tables = [make_tables(results["plan"], name, done) for name, done in results["settings"].items() if done]
     text = "\n".join([f"Changes of the plan:\n\n{changes}", *tables])
-    path.with_name("report.md").write_text(text)
-    draw(results, path.with_name("report.png"))
+    if not args.from_replicate:
+        path.with_name("report.md").write_text(text)
+        draw(results, path.with_name("report.png"))
     print(text)
 
 

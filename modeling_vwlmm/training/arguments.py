@@ -330,7 +330,7 @@ class VWLMMTrainingArguments(SFTConfig):
         needed = {column: name for name, objective in objectives.items() for column in objective.columns}
         if not needed:
             return
-        columns = getattr(dataset, "column_names", None) or list(next(iter(dataset)))
+        columns = getattr(dataset, "column_names", None) or list(next(iter(dataset), {}))
         for column, name in needed.items():
             if column not in columns:
                 raise ValueError(

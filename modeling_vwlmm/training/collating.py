@@ -50,10 +50,11 @@ class VWLMMDataCollator(DataCollatorForVisionLanguageModeling):
     def torch_call(self, examples: list[dict[str, Any]] | list[list[dict[str, Any]]]) -> dict[str, Any]:
         """See `DataCollatorMixin.torch_call`."""
         rows = examples if isinstance(examples[0], list) else [examples]
-        if self.text_first_share:
-            rows = [[self._put_text_first(sample) for sample in row] for row in rows]
+        rows = [[to_images(sample) for sample in row] for row in rows]
         if self.assistant_only_loss:
             rows = [[to_messages(sample) for sample in row] for row in rows]
+        if self.text_first_share:
+            rows = [[self._put_text_first(sample) for sample in row] for row in rows]
         samples = [sample for row in rows for sample in row]
         try:
             batch = self._collate(samples)
@@ -148,6 +149,14 @@ def is_unanswered(sample: dict[str, Any]) -> bool:
 def _is_image_alone(content: str | list[dict[str, Any]]) -> bool:
     # Columns of parts have a text of None beside an image.
     return isinstance(content, list) and [part.get("type") for part in content] == ["image"]
+
+
+def to_images(sample: dict[str, Any]) -> dict[str, Any]:
+    """A sample of one `image`, or of None where it has none, with a list of `images`; any other as it is."""
+    if "image" not in sample:
+        return sample
+    rest = {name: value for name, value in sample.items() if name != "image"}
+    return {**rest, "images": [] if sample["image"] is None else [sample["image"]]}
 
 
 def to_messages(sample: dict[str, Any]) -> dict[str, Any]:

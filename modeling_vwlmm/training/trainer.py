@@ -34,6 +34,7 @@ from processing_vwlmm.transforms import PART_COLUMN
 
 from ..adapters_vwlmm import selects_tokens
 from ..assembly import check_is_dense
+from ..configuration_vwlmm import VWLMMConfig
 from ..dropping_vwlmm import reads_packed_rows
 from ..modeling_vwlmm import VWLMMForConditionalGeneration
 from ..objectives_vwlmm import find_supervised_positions, leave_out_dropped
@@ -150,6 +151,8 @@ class VWLMMTrainer(SavesWholeCheckpoints, StopsWhenDiverged, LoadsInOrder, SFTTr
             raise TypeError(
                 f"`args` is a {type(args).__name__}; expected VWLMMTrainingArguments, which name the stage."
             )
+        if isinstance(train_dataset, Dataset) and not len(train_dataset):
+            raise ValueError("The training dataset has no samples; expected one at least.")
         for dataset in (*all_datasets(train_dataset), *all_datasets(kwargs.get("eval_dataset"))):
             if not isinstance(dataset, Dataset | IterableDataset):
                 raise TypeError(
@@ -180,7 +183,7 @@ class VWLMMTrainer(SavesWholeCheckpoints, StopsWhenDiverged, LoadsInOrder, SFTTr
         check_options(args, kwargs, uses_peft=is_peft_model(model) or peft_config is not None)
         if isinstance(train_dataset, IterableDataset):
             check_stream_options(args)
-        warn_about_untrained_modules(base_model.config.trained_stages, args)
+        warn_about_untrained_modules(base_model.config, args)
         if not is_peft_model(model) and peft_config is None:
             check_trained_modules(args, base_model.config.use_pseudo_image_features)
             set_trainable_parameters(base_model, args.get_trained_modules())
@@ -594,16 +597,17 @@ def check_generation_markers(template: str | dict[str, str], name: str) -> None:
         )
 
 
-def warn_about_untrained_modules(trained_stages: list[int | str], args: VWLMMTrainingArguments) -> None:
+def warn_about_untrained_modules(config: VWLMMConfig, args: VWLMMTrainingArguments) -> None:
     """Warns about modules that a stage relies on and that no stage has trained."""
-    stages = METHODS[args.method]
+    stages, trained_stages = METHODS[args.method], config.trained_stages
     stage = stages[args.stage]
     if args.method == "vw-lmm" and args.stage == 3 and 3 not in trained_stages:
         logger.warning("Stage 3: the VM head has never been trained. It starts from random weights, as in the paper.")
     missing = [number for number in stage.builds_on if record_name(args.method, number) not in trained_stages]
     objectives, _ = args.get_objectives()
-    if "visual_words" not in objectives and 3 in missing:
-        missing.remove(3)  # nothing reads the VM head
+    reads_vm_head = "visual_words" in objectives or config.use_pseudo_image_features
+    if not reads_vm_head and 3 in missing:
+        missing.remove(3)
     for number in missing:
         logger.warning(
             f"Stage {args.stage} ({stage.name}) builds on stage {number} ({stages[number].name}), which has not run "
