@@ -15,6 +15,7 @@ Every image becomes an upright RGB image of 8 bits a channel, or a `ValueError` 
 import base64
 import copy
 import os
+import re
 from functools import lru_cache
 from io import BytesIO
 from typing import Any
@@ -35,6 +36,7 @@ MAX_SIDE = 2**15
 # Beyond so many pixels a padded square is never made: the image is resized in one direction before it is padded.
 MAX_SQUARE = 2**26
 STRIP = 2**24  # pixels that are padded and resized at once
+NO_BASE64 = re.compile(r"[^A-Za-z0-9+/=\s]")
 
 
 def open_image(source: str | bytes | os.PathLike) -> PIL.Image.Image:
@@ -53,7 +55,8 @@ def open_image(source: str | bytes | os.PathLike) -> PIL.Image.Image:
         if isinstance(source, str) and source.startswith(("http://", "https://")):
             source = httpx.get(source, follow_redirects=True).raise_for_status().content
         elif isinstance(source, str) and not os.path.exists(source):
-            if not source.startswith("data:image/") and len(source) < 64:  # shorter than any image
+            is_path = len(source) < 64 or NO_BASE64.search(source)  # shorter than any image, or with a dot, say
+            if is_path and not source.startswith("data:image/"):
                 raise FileNotFoundError("the file does not exist")
             source = base64.b64decode(source.split(",", 1)[-1])
         return PIL.Image.open(BytesIO(source) if isinstance(source, (bytes, bytearray)) else source)

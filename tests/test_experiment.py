@@ -112,6 +112,29 @@ class TestPlan:
                 assert "until" not in phase or any(set(pair) <= set(phase["arms"]) for pair in plan["primary"])
         assert compared == plan["primary"] + plan["comparisons"]  # of the last size, the full one
 
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"arms": ["sharp"]}, "A phase of bad has sharp, which the plan does not describe; expected"),
+            ({"setting": "scarse"}, "A phase of bad has scarse, which the plan does not"),
+            ({"until": {}}, "in scarce stops by the width of primary comparisons, and has the arms of none"),
+            ({"setting": "larger", "arms": ["codes"]}, "has codes in larger; expected a setting of the small world"),
+        ],
+    )
+    def test_a_phase_that_would_fail_after_hours(self, run, tmp_path, changes, message):
+        plan = yaml.safe_load(run.PLAN.read_text())
+        phase = {"setting": "scarce", "replicates": 1, "arms": ["visual_words"]} | changes
+        (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan | {"sizes": {"bad": [phase]}}))
+        with pytest.raises(ValueError, match=message):
+            run.main(["--plan", str(tmp_path / "plan.yaml"), "--size", "bad", "--output", str(tmp_path / "runs")])
+        assert not (tmp_path / "runs").exists()
+
+    def test_two_runs_do_not_share_a_folder(self, run, tiny_plan, tmp_path, capsys):
+        with run.FileLock(tmp_path / "results.lock"), pytest.raises(SystemExit):
+            run.main(["--plan", str(tiny_plan), "--size", "tiny", "--output", str(tmp_path)])
+        assert "another run writes to" in capsys.readouterr().err
+        assert not (tmp_path / "results.json").exists()
+
     def test_more_replicates_by_width_alone(self, run, plan, tmp_path):
         def half_width(gain):
             exact = {"language_alone": [0.5, 0.5, 0.5], "visual_words": [0.5 + gain, 0.51 + gain, 0.52 + gain]}
@@ -254,11 +277,16 @@ def test_same_results_again_and_after_a_stop(run, tiny_plan, tmp_path):
             run.is_done(folder, plan, None if folder.name == "tokenizer" else "scarce")
 
 
-def test_labels_of_any_record(run, vicuna, model, processor, tmp_path):
+def test_labels_of_any_record(run, vicuna, model, processor, tmp_path, monkeypatch):
     """One row an image, the most probable words of just that image, and none where there is no image."""
     for seed in range(3):
         make_image(seed).save(tmp_path / f"{seed}.png")
-    records = [{"id": "a", "image": "0.png"}, {"id": "b"}, {"id": "c", "image": ["1.png", "2.png"]}]
+    monkeypatch.setattr(run.label_images, "BATCH_SIZE", 2)
+    records = [
+        {"id": "a", "image": "0.png", "image_labels": [[1]]},
+        {"id": "b"},
+        {"id": "c", "image": ["1.png", "2.png"]},
+    ]
     (tmp_path / "in.json").write_text(json.dumps(records))
     run.label_images.main([vicuna, str(tmp_path / "in.json"), str(tmp_path), str(tmp_path / "out.json")])
     labelled = json.loads((tmp_path / "out.json").read_text())
@@ -266,6 +294,11 @@ def test_labels_of_any_record(run, vicuna, model, processor, tmp_path):
         words = [processor(images=[make_image(seed)], return_tensors="pt") for seed in seeds]
         expected = [model.get_visual_words(**inputs).token_ids[0, :, 0].tolist() for inputs in words]
         assert record.get("image_labels", []) == expected
+
+    (tmp_path / "in.json").write_text(json.dumps([*records, {"id": "d", "image": "none.png"}]))
+    with pytest.raises(ValueError, match="none.png is no readable image: the file does not exist"):
+        run.label_images.main([vicuna, str(tmp_path / "in.json"), str(tmp_path), str(tmp_path / "broken.json")])
+    assert not (tmp_path / "broken.json").exists()  # nothing that looks whole
 
 
 class TestReport:

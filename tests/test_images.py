@@ -394,6 +394,10 @@ class TestBroken:
             with pytest.raises(ValueError, match="no readable image"):
                 processor.image_processor(path)
 
+    def test_a_long_path_is_no_base64(self, processor, tmp_path):
+        with pytest.raises(ValueError, match="missing.png is no readable image: the file does not exist"):
+            processor.image_processor(str(tmp_path / ("a" * 64) / "missing.png"))
+
     def test_truncated_image_that_was_opened(self, processor):
         data = encode(make_image(1), "PNG")[:-300]
         with pytest.raises(ValueError, match="An image of mode RGB and 25 x 21 pixels is no readable image"):

@@ -33,6 +33,7 @@ import train
 import yaml
 from data import get_world, write_questions, write_training_data
 from evaluate import get_interval
+from filelock import FileLock, Timeout
 from measure import measure_arm, measure_words
 
 from modeling_vwlmm import VWLMMForConditionalGeneration, VWLMMVisualTokenizer
@@ -53,23 +54,60 @@ def main(arguments: list[str] | None = None) -> None:
     plan = read_plan(args.plan)
     if args.size not in plan["sizes"]:
         parser.error(f"--size is {args.size!r}; expected one of {', '.join(plan['sizes'])}")
-    results = open_results(args.output / "results.json", plan)
-    for world in {get_world(plan, phase["setting"]) for phase in plan["sizes"][args.size]}:
-        folder = get_questions(args.output, world)
+    check_phases(plan, args.size)
+    args.output.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(args.output / "results.lock", blocking=False):
+            run_size(plan, args.size, args.output, args.processes)
+    except Timeout:
+        parser.error(f"another run writes to {args.output}; wait for its end, or choose another --output")
+
+
+def check_phases(plan: dict[str, Any], size: str) -> None:
+    """
+    Raises:
+        ValueError: If a phase of a size cannot be run to its end.
+    """
+    for phase in plan["sizes"][size]:
+        setting, arms = phase["setting"], phase["arms"]
+        unknown = [name for name in arms if name not in plan["arms"]]
+        if setting not in plan["settings"] or unknown:
+            raise ValueError(
+                f"A phase of {size} has {', '.join(unknown) or setting}, which the plan does not describe; expected "
+                f"settings of {', '.join(plan['settings'])}, and arms of {', '.join(plan['arms'])}."
+            )
+        if "until" in phase and not any(set(pair) <= set(arms) for pair in plan["primary"]):
+            raise ValueError(
+                f"A phase of {size} in {setting} stops by the width of primary comparisons, and has the arms of none; "
+                "expected those of one at least. Add them, or give it a number of `replicates`."
+            )
+        with_codes = [arm for arm in arms if "visual_tokenizer" in plan["arms"][arm]]
+        if with_codes and get_world(plan, setting) != "small":
+            raise ValueError(
+                f"A phase of {size} has {', '.join(with_codes)} in {setting}; expected a setting of the small world, "
+                "on which the visual tokenizer is trained."
+            )
+
+
+def run_size(plan: dict[str, Any], size: str, output: Path, num_processes: int) -> None:
+    """Runs what of a size has no results yet."""
+    results = open_results(output / "results.json", plan)
+    for world in {get_world(plan, phase["setting"]) for phase in plan["sizes"][size]}:
+        folder = get_questions(output, world)
         write_questions(folder, *plan["questions"].values(), plan["held_out_looks"], world)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.processes, context, torch.set_num_threads, (1,)) as pool:
-        for phase in plan["sizes"][args.size]:
-            experiment = Phase(plan, phase["setting"], phase["arms"], args.output, results)
+    with ProcessPoolExecutor(num_processes, context, torch.set_num_threads, (1,)) as pool:
+        for phase in plan["sizes"][size]:
+            experiment = Phase(plan, phase["setting"], phase["arms"], output, results)
             if "until" not in phase:
-                experiment.run(pool, args.processes, phase["replicates"])
+                experiment.run(pool, num_processes, phase["replicates"])
                 continue
             until = phase["until"]
             number = until["at_least"]
-            experiment.run(pool, args.processes, number)
+            experiment.run(pool, num_processes, number)
             while number < until["at_most"] and experiment.get_half_width(number) > until["half_width"]:
                 number = min(number + until["step"], until["at_most"])
-                experiment.run(pool, args.processes, number)
+                experiment.run(pool, num_processes, number)
 
 
 def read_plan(path: Path) -> dict[str, Any]:
