@@ -216,9 +216,8 @@ def inspect_image(
         encoded = model.get_image_features(
             pixel_values, patch_boxes=inputs.get("patch_boxes"), keep_mask=kept, patch_features=patch_features
         )
-    features = encoded.image_features[0]  # [N, D]
-    grid = _get_grid(inputs["pixel_values"], model.config.vision_config.patch_size, len(features))
-    with _evaluation(model):
+        features = encoded.image_features[0]  # [N, D]
+        grid = _get_grid(pixel_values, model.config.vision_config.patch_size, len(features))
         outputs = model(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],

@@ -328,7 +328,8 @@ class TestReport:
         (tmp_path / "results.json").write_text(json.dumps(results))
         importlib.import_module("report").main([str(tmp_path / "results.json")])
         printed = capsys.readouterr().out
-        (row,) = [line for line in printed.splitlines() if line.startswith("| visual_words − language_alone")]
+        row, each = [line for line in printed.splitlines() if line.startswith("| visual_words − language_alone")]
+        assert each == "| visual_words − language_alone | +1.0, +2.0, +3.0, +4.0 |"
         cells = [cell.strip() for cell in row.strip("|").split("|")]
         assert cells[1:] == ["yes", "4", *["+2.5 ± 2.1"] * 4, "-0.025 ± 0.021"]
         (row,) = [line for line in printed.splitlines() if line.startswith("| language_alone")]

@@ -58,7 +58,7 @@ def find_comparisons(plan: dict[str, Any], done: dict[str, dict]) -> list[tuple[
 
 
 def make_tables(plan: dict[str, Any], setting: str, done: dict[str, dict]) -> str:
-    """Arms, comparisons and visual words of a setting."""
+    """Arms, comparisons, on average and by replicate, and visual words of a setting."""
     kinds = WORLDS[get_world(plan, setting)].KINDS
     columns = [("main", measure) for measure in (*kinds, "all", "present_found", "absent_denied")]
     columns += [(name, "all") for name in SETS[1:]]
@@ -73,15 +73,19 @@ def make_tables(plan: dict[str, Any], setting: str, done: dict[str, dict]) -> st
             rows.append([arm, str(len(measured)), *(f"{mean:.1%}" for mean in means), f"{nll:.3f}", f"{kl:.2f}"])
     arms = markdown_table([*header, *(n.replace("_", " ") for n in SETS[1:]), "nats a token", "KL at the end"], rows)
 
-    rows = []
+    rows, each = [], []
     for first, second in find_comparisons(plan, done):
         cells = [show(get_differences(done, first, second, name, "all"), 100, 1) for name in SETS]
         number = len(get_differences(done, first, second, "main", "all"))
         nll = show(get_differences(done, first, second, "main", "nll"), 1, 3)
         primary = "yes" if [first, second] in plan["primary"] else ""
         rows.append([f"{first} − {second}", primary, str(number), *cells, nll])
+        points = [f"{100 * d:+.1f}" for d in get_differences(done, first, second, "main", "all")]
+        each.append([f"{first} − {second}", ", ".join(points)])
     names = [f"{name.replace('_', ' ')}, {plan['questions'].get(name, plan['questions']['others'])}" for name in SETS]
     comparisons = markdown_table(["points, questions", "primary", "replicates", *names, "nats a token"], rows)
+
+    each = markdown_table(["points of main", "each replicate"], each)
 
     starts = [record["stage3"] for record in done.values()]
     rows = [
@@ -89,7 +93,7 @@ def make_tables(plan: dict[str, Any], setting: str, done: dict[str, dict]) -> st
         for name in starts[0]
     ]
     words = markdown_table([f"visual words, {len(starts)} stages III, nats", *starts[0]["kl"]], rows)
-    return f"## {setting}\n\n{arms}\n{comparisons}\n{words}"
+    return f"## {setting}\n\n{arms}\n{comparisons}\n{each}\n{words}"
 
 
 def show(values: list[float], scale: float, digits: int, sign: str = "+") -> str:
