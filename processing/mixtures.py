@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, Features, concatenate_datasets
+from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from .cognition_alignment import CognitionAlignment
 from .transforms import PART_COLUMN, TransformByPart, get_image_feature, get_transform, set_decoding
 
 
 LABELS = "image_labels"
+WORDS = List(List(Value("string")))
+IDS = (List(List(Value("int32"))), List(List(Value("int64"))))
 
 
 def mix_datasets(datasets: Sequence[Dataset], weights: Sequence[float], seed: int = 0) -> Dataset:
@@ -29,7 +31,8 @@ def mix_datasets(datasets: Sequence[Dataset], weights: Sequence[float], seed: in
 
     Args:
         datasets (`Sequence[datasets.Dataset]`):
-            With the same columns. Where some have `image_labels` and others have not, these get a column of nulls.
+            With the same columns. Where some have `image_labels` and others have not, these get a column of nulls;
+            where some are words and others ids, all become strings.
         weights (`Sequence[float]`): How often a sample of each is seen in one pass; positive.
         seed (`int`, *optional*, defaults to 0): Of the draws.
 
@@ -83,19 +86,28 @@ def mix_datasets(datasets: Sequence[Dataset], weights: Sequence[float], seed: in
 
 
 def _add_labels(datasets: list[Dataset]) -> list[Dataset]:
-    """The datasets, all with `image_labels` if one has them: samples that have none are learned without."""
-    labels = next((dataset.features[LABELS] for dataset in datasets if LABELS in dataset.column_names), None)
-    return [
-        dataset if labels is None or LABELS in dataset.column_names else _add_nulls(dataset, labels)
-        for dataset in datasets
-    ]
+    """
+    The datasets, all with `image_labels` of one type if one has them: samples that have none are learned without, and
+    ids become strings if there are words as well.
+    """
+    found = [dataset.features[LABELS] for dataset in datasets if LABELS in dataset.column_names]
+    if not found:
+        return datasets
+    feature = WORDS if WORDS in found else found[0]
+    return [_set_labels(dataset, feature) for dataset in datasets]
 
 
-def _add_nulls(dataset: Dataset, feature: Any) -> Dataset:
-    nulls = pa.nulls(len(dataset), Features({LABELS: feature}).arrow_schema.field(LABELS).type)
-    added = dataset.add_column(LABELS, nulls, feature=feature)
-    added._fingerprint, added.num_skipped_samples = dataset._fingerprint, getattr(dataset, "num_skipped_samples", 0)
-    return added
+def _set_labels(dataset: Dataset, feature: Any) -> Dataset:
+    if LABELS not in dataset.column_names:
+        nulls = pa.nulls(len(dataset), Features({LABELS: feature}).arrow_schema.field(LABELS).type)
+        changed = dataset.add_column(LABELS, nulls, feature=feature)
+    elif dataset.features[LABELS] != feature and dataset.features[LABELS] in IDS and feature in (*IDS, WORDS):
+        changed = dataset.cast_column(LABELS, feature)
+    else:
+        return dataset
+    changed._fingerprint = dataset._fingerprint
+    changed.num_skipped_samples = getattr(dataset, "num_skipped_samples", 0)
+    return changed
 
 
 def _join_transforms(datasets: list[Dataset]) -> tuple[list[Dataset], TransformByPart | None]:

@@ -340,6 +340,16 @@ class TestReport:
         assert (tmp_path / "report.md").read_text() == printed.removesuffix("\n")  # still that of all
         assert (tmp_path / "report.png").stat().st_size > 1000
 
+    def test_of_few_questions(self, results, tmp_path, capsys):
+        """A kind that was not asked has no column."""
+        for record in results["settings"]["scarce"].values():
+            for measured in record["arms"].values():
+                del measured["main"]["describe"]
+        (tmp_path / "results.json").write_text(json.dumps(results))
+        importlib.import_module("report").main([str(tmp_path / "results.json"), "--from_replicate", "1"])
+        printed = capsys.readouterr().out
+        assert "| where " in printed and "| describe " not in printed
+
 
 class TestLargerWorld:
     @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 
 from processing_vwlmm import llava_dataset, mix_datasets
 
@@ -45,6 +45,24 @@ class TestMix:
         assert len({mix_datasets(*case)._fingerprint for case in cases}) == 4
         assert mix_datasets([one, two], [1.0, 2.0])._fingerprint == mix_datasets(*cases[0])._fingerprint
 
+    @pytest.mark.parametrize("order", [1, -1])
+    def test_labels_of_ids_and_of_words(self, order):
+        datasets = [Dataset.from_dict({"image_labels": labels}) for labels in ([[[5, -100]], None], [[["red", "7"]]])]
+        transformed = datasets[0].with_transform(lambda batch: batch)  # what changes samples still does
+        for first in (datasets[0], transformed):
+            parts = [first, datasets[1]][::order]
+            mixed = mix_datasets(parts, [1, 1])
+            rows = [[[["5", "-100"]], None], [[["red", "7"]]]][::order]
+            assert mixed["image_labels"][:] == sum(rows, [])
+            assert mixed._fingerprint == mix_datasets(parts, [1, 1])._fingerprint
+
+    def test_labels_of_ids_of_other_width(self):
+        datasets = [
+            Dataset.from_dict({"image_labels": [[[5]]]}, features=Features({"image_labels": List(List(Value(width)))}))
+            for width in ("int32", "int64")
+        ]
+        assert mix_datasets(datasets, [1, 1])["image_labels"][:] == [[[5]], [[5]]]
+
     @pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf"), "3", True, None])
     def test_weight_is_refused(self, weight):
         with pytest.raises(ValueError, match="weight of dataset 1 is .*, expected a positive finite number"):
@@ -55,6 +73,9 @@ class TestMix:
             mix_datasets([numbers(0, 2)], [1, 1])
         with pytest.raises(ValueError, match="Give all of them the same columns"):
             mix_datasets([numbers(0, 2), Dataset.from_dict({"text": ["a"]})], [1, 1])
+        with pytest.raises(ValueError, match="Give all of them the same columns"):  # a number is no label
+            labels = [[[5]]], [[[5.0]]]
+            mix_datasets([Dataset.from_dict({"image_labels": column}) for column in labels], [1, 1])
         with pytest.raises(ValueError, match="No sample is left of dataset 1: its weight is 0.1, and it has 2"):
             mix_datasets([numbers(0, 2), numbers(0, 2)], [1, 0.1])
         with pytest.raises(ValueError, match="No sample is left: all datasets are empty"):

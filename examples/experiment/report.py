@@ -59,7 +59,8 @@ def find_comparisons(plan: dict[str, Any], done: dict[str, dict]) -> list[tuple[
 
 def make_tables(plan: dict[str, Any], setting: str, done: dict[str, dict]) -> str:
     """Arms, comparisons, on average and by replicate, and visual words of a setting."""
-    kinds = WORLDS[get_world(plan, setting)].KINDS
+    asked = {kind for record in done.values() for measured in record["arms"].values() for kind in measured["main"]}
+    kinds = [kind for kind in WORLDS[get_world(plan, setting)].KINDS if kind in asked]  # of few questions not all
     columns = [("main", measure) for measure in (*kinds, "all", "present_found", "absent_denied")]
     columns += [(name, "all") for name in SETS[1:]]
     header = ["arm", "replicates", *kinds, "all", "present found", "absent denied"]
