@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shared by all tests: the two golden checkpoints, converted once, and a small mixed dataset."""
 
+import gc
 import os
 
 
@@ -67,6 +68,15 @@ BY_HAND = {
     "bf16": False,
     "gradient_checkpointing": False,
 }
+
+
+def pytest_collection_finish() -> None:
+    """Every trainer collects garbage, twice: looking through all that has been imported takes a third of a second."""
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # some libraries report what is left at the end as a leak
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ Behind its block each claim is evaluated, a Python expression that has to be tru
 
 import argparse
 import contextlib
+import gc
 import importlib.metadata
 import io
 import json
@@ -310,6 +311,8 @@ def main():
     import peft  # noqa: F401
     import trl.trainer.dpo_trainer
     import trl.trainer.sft_trainer  # noqa: F401
+
+    gc.freeze()  # trainers collect garbage, and what has been imported is none
 
     for line in sys.stdin:
         page = json.loads(line)

@@ -5,6 +5,7 @@
 Run as a script by the launcher, this file trains; run by pytest, it starts the launcher and compares.
 """
 
+import gc
 import importlib.util
 import json
 import os
@@ -326,6 +327,7 @@ def test_the_steps_change_something(vicuna, alone):
 
 
 if __name__ == "__main__":
+    gc.freeze()  # see conftest.py
     shard_on_cpu()
     train(*sys.argv[1:])
     # All that was asked for is on disk, and gloo's threads now and then abort or hang the exit of an interpreter.

@@ -5,6 +5,7 @@
 `make test-long` kills more often: `KILLS=50`.
 """
 
+import gc
 import json
 import multiprocessing
 import os
@@ -80,6 +81,7 @@ def train(
     Goes on from the newest checkpoint that is whole. With `kill_at` the process is killed where it calls that, in its
     third step.
     """
+    gc.freeze()  # see conftest.py
     trainer = make_trainer(checkpoint, data, output, stage, **options)
     if signal_number is not None:
         trainer.add_callback(Signal(signal_number))

@@ -6,6 +6,7 @@ Run as a script by the launcher, this file trains; run by pytest, it starts the 
 compares more: every stage on DDP, FSDP2 and ZeRO, on one, two and four processes.
 """
 
+import gc
 import json
 import os
 import sys
@@ -310,6 +311,7 @@ def test_all_layouts_agree(vicuna, data, all_alone, tmp_path, num_processes, sha
 
 
 if __name__ == "__main__":
+    gc.freeze()  # see conftest.py
     shard_on_cpu()
     train(*sys.argv[1:])
     os._exit(0)  # gloo's threads now and then abort or hang the exit of an interpreter
