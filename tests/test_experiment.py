@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from conftest import make_image
 
-from modeling_vwlmm.objectives_vwlmm import OBJECTIVES
+from modeling_vwlmm import VWLMMForConditionalGeneration
+from modeling_vwlmm.objectives_vwlmm import OBJECTIVES, find_supervised_positions, parse_objectives
 
 
 yaml = pytest.importorskip("yaml")
@@ -55,7 +56,7 @@ def tiny_plan(run, tmp_path) -> Path:
     plan = yaml.safe_load(run.PLAN.read_text())
     plan["every_stage"] |= {"max_steps": 2, "global_batch_size": 4, "per_device_train_batch_size": 4}
     plan["settings"]["scarce"]["data"] = {"captions": 8, "conversations": 4, "images": 4}
-    plan["questions"] = {"main": 4, "others": 1}
+    plan["questions"] = {"others": 1, "main": 4}  # in any order
     # 8 images at once, for as many patches as there are codes have to be kept.
     batch = {"max_steps": 6, "global_batch_size": 8, "per_device_train_batch_size": 8}
     plan["visual_tokenizer"]["data"] = {"captions": 8}
@@ -118,16 +119,23 @@ class TestPlan:
             ({"arms": ["sharp"]}, "A phase of bad has sharp, which the plan does not describe; expected"),
             ({"setting": "scarse"}, "A phase of bad has scarse, which the plan does not"),
             ({"until": {}}, "in scarce stops by the width of primary comparisons, and has the arms of none"),
+            ({"arms": ["misspelt"]}, "`image_labels` of arms is {'misspelt': 'argmx'}; expected `true`"),
             ({"setting": "larger", "arms": ["codes"]}, "has codes in larger; expected a setting of the small world"),
         ],
     )
     def test_a_phase_that_would_fail_after_hours(self, run, tmp_path, changes, message):
         plan = yaml.safe_load(run.PLAN.read_text())
+        plan["arms"]["misspelt"] = {"image_labels": "argmx"}
         phase = {"setting": "scarce", "replicates": 1, "arms": ["visual_words"]} | changes
         (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan | {"sizes": {"bad": [phase]}}))
         with pytest.raises(ValueError, match=message):
             run.main(["--plan", str(tmp_path / "plan.yaml"), "--size", "bad", "--output", str(tmp_path / "runs")])
         assert not (tmp_path / "runs").exists()
+
+    def test_a_comparison_of_an_arm_that_is_not_there(self, run, plan):
+        plan["comparisons"] = [["visual_wrods", "language_alone"]]
+        with pytest.raises(ValueError, match="compares visual_wrods; expected arms of language_alone"):
+            run.check_phases(plan, "quick")
 
     def test_two_runs_do_not_share_a_folder(self, run, tiny_plan, tmp_path, capsys):
         with run.FileLock(tmp_path / "results.lock"), pytest.raises(SystemExit):
@@ -200,6 +208,16 @@ class TestControls:
         with pytest.raises(ValueError, match="all of them the same picture"):
             model(**alone, visual_objective={"other_image": 1.0})
 
+    def test_an_image_that_teaches_nothing_needs_no_other(self, model, processor):
+        """As one that only fills up the last step of an epoch."""
+        filler = processor(images=[make_image(0)], text=["<image> a"], return_tensors="pt")
+        filler["labels"] = torch.full_like(filler["input_ids"], -100)
+        objectives, _ = parse_objectives({"other_image": 1.0})
+        found = find_supervised_positions(objectives, filler, model.config.image_token_id)
+        found["by_objective"] = {name: positions[:0] for name, positions in found["by_objective"].items()}
+        output = model(**filler, visual_objective={"other_image": 1.0}, supervised_positions=found)
+        assert output.terms["other_image"].count == 0
+
     def test_no_words_teach_nothing(self, model, batch):
         output = model(**batch, labels=batch["input_ids"].clamp(max=9), visual_objective={"no_words": 1.0})
         torch.testing.assert_close(output.loss, output.terms["language"].total / output.terms["language"].count)
@@ -245,7 +263,7 @@ def test_same_results_again_and_after_a_stop(run, tiny_plan, tmp_path):
 
     # In this process, and stopped behind the first arm; what is there is not run again.
     stopped, plan = tmp_path / "stopped", run.read_plan(tiny_plan)
-    run.write_questions(stopped / "questions", *plan["questions"].values(), plan["held_out_looks"])
+    run.write_questions(stopped / "questions", 4, 1, plan["held_out_looks"])
     phase = plan["sizes"]["tiny"][0]
     with StopsEarly(3) as pool, pytest.raises(KeyboardInterrupt):  # the tokenizer, the start, and an arm
         results = run.open_results(stopped / "results.json", plan)
@@ -299,6 +317,14 @@ def test_labels_of_any_record(run, vicuna, model, processor, tmp_path, monkeypat
     with pytest.raises(ValueError, match="none.png is no readable image: the file does not exist"):
         run.label_images.main([vicuna, str(tmp_path / "in.json"), str(tmp_path), str(tmp_path / "broken.json")])
     assert not (tmp_path / "broken.json").exists()  # nothing that looks whole
+
+
+def test_no_labels_of_a_vm_head_that_may_be_random(run, vicuna, processor, tmp_path):
+    model = VWLMMForConditionalGeneration.from_pretrained(vicuna, trained_stages=[1, 2])
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "stage2")
+    with pytest.raises(ValueError, match=r"`trained_stages` are \[1, 2\]; expected 3 among them"):
+        run.label_images.main([str(tmp_path / name) for name in ("stage2", "in.json", "images", "out.json")])
 
 
 class TestReport:

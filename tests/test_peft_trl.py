@@ -198,6 +198,16 @@ class TestAdapters:
         trainer.train()
         assert any("vm_head" in name for name in changed(trainer.model, before))
 
+    def test_what_the_folder_of_an_adapter_does_not_say_is_named(self, make_trainer, vicuna, caplog):
+        settings = {"use_pseudo_image_features": True, "visual_word_temperature": 0.25}
+        for changes in ({}, settings):
+            model = VWLMMForConditionalGeneration.from_pretrained(vicuna, trained_stages=[1, 2, 3], **changes)
+            caplog.clear()
+            make_trainer(4, METHODS["lora"], model=model)
+            said = [r.getMessage() for r in caplog.records if "folder of an adapter" in r.getMessage()]
+            assert len(said) == bool(changes)
+        assert "use_pseudo_image_features=True, visual_word_temperature=0.25 will be there again if" in said[0]
+
     @pytest.mark.parametrize("method", METHODS)
     def test_gradient_checkpointing_makes_the_same_steps(self, make_trainer, method):
         """TRL's default, which lets the embeddings ask for gradients."""

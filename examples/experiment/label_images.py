@@ -37,6 +37,11 @@ def main(arguments: list[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = VWLMMForConditionalGeneration.from_pretrained(args.checkpoint).eval().to(device)
     processor = VWLMMProcessor.from_pretrained(args.checkpoint)
+    if 3 not in model.config.trained_stages:
+        raise ValueError(
+            f"The VM head of {args.checkpoint} may be random: its `trained_stages` are {model.config.trained_stages}; "
+            "expected 3 among them. Train stage III first."
+        )
     records = json.loads(args.json_file.read_text())
     if not records:
         raise ValueError(f"{args.json_file} has no records; expected one at least.")

@@ -32,7 +32,7 @@ class OtherImage(VisualWords):
     name = "other_image"
 
     def predict(self, inputs: ObjectiveInputs) -> HeadRows:
-        if inputs.images is not None and len(inputs.images["image_features"]):
+        if len(inputs.positions_of(self)):  # none of an image that only fills up the last step of an epoch
             features = torch.stack(tuple(inputs.images["image_features"]))  # [I, N, D]
             features = features[_find_others(inputs.images["patch_features"])]
             # A copy: others of the same step learn from the images as they are.

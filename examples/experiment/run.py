@@ -68,6 +68,9 @@ def check_phases(plan: dict[str, Any], size: str) -> None:
     Raises:
         ValueError: If a phase of a size cannot be run to its end.
     """
+    unknown = [arm for pair in plan["primary"] + plan["comparisons"] for arm in pair if arm not in plan["arms"]]
+    if unknown:
+        raise ValueError(f"The plan compares {', '.join(unknown)}; expected arms of {', '.join(plan['arms'])}.")
     for phase in plan["sizes"][size]:
         setting, arms = phase["setting"], phase["arms"]
         unknown = [name for name in arms if name not in plan["arms"]]
@@ -81,6 +84,9 @@ def check_phases(plan: dict[str, Any], size: str) -> None:
                 f"A phase of {size} in {setting} stops by the width of primary comparisons, and has the arms of none; "
                 "expected those of one at least. Add them, or give it a number of `replicates`."
             )
+        labels = {arm: plan["arms"][arm].get("image_labels", "true") for arm in arms}
+        if wrong := {arm: name for arm, name in labels.items() if name not in ("true", True, "argmax")}:
+            raise ValueError(f"`image_labels` of arms is {wrong}; expected `true`, those of the data, or `argmax`.")
         with_codes = [arm for arm in arms if "visual_tokenizer" in plan["arms"][arm]]
         if with_codes and get_world(plan, setting) != "small":
             raise ValueError(
@@ -94,7 +100,8 @@ def run_size(plan: dict[str, Any], size: str, output: Path, num_processes: int) 
     results = open_results(output / "results.json", plan)
     for world in {get_world(plan, phase["setting"]) for phase in plan["sizes"][size]}:
         folder = get_questions(output, world)
-        write_questions(folder, *plan["questions"].values(), plan["held_out_looks"], world)
+        numbers = plan["questions"]
+        write_questions(folder, numbers["main"], numbers["others"], plan["held_out_looks"], world)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_processes, context, torch.set_num_threads, (1,)) as pool:
         for phase in plan["sizes"][size]:

@@ -196,6 +196,18 @@ def restrict_all_linear(peft_config: "PeftConfig", model: nn.Module, modules: Se
     return replace(peft_config, exclude_modules=excluded)
 
 
+def warn_about_config_of_adapter(config: VWLMMConfig) -> None:
+    """Names what a model has been set to and the folder of a PEFT adapter, which has no config, does not say."""
+    defaults = VWLMMConfig()
+    names = ("use_pseudo_image_features", "visual_word_temperature", "pseudo_image_feature_temperature")
+    changed = [f"{name}={getattr(config, name)}" for name in names if getattr(config, name) != getattr(defaults, name)]
+    if changed:
+        logger.warning(
+            f"The folder of an adapter has no config.json: {', '.join(changed)} will be there again if that of the "
+            f"base, {config.name_or_path!r}, says so. If not, set them on `config` of what you load or merge."
+        )
+
+
 def check_trained_modules(args: VWLMMTrainingArguments, use_pseudo_image_features: bool) -> None:
     """Raises if a module that trains can learn from none of the objectives."""
     objectives, _ = args.get_objectives()

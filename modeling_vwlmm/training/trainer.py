@@ -54,6 +54,7 @@ from .checks import (
     check_taught_modules,
     check_trained_modules,
     restrict_all_linear,
+    warn_about_config_of_adapter,
 )
 from .collating import VWLMMDataCollator
 from .data_loading import LoadsInOrder
@@ -184,6 +185,8 @@ class VWLMMTrainer(SavesWholeCheckpoints, StopsWhenDiverged, LoadsInOrder, SFTTr
         if isinstance(train_dataset, IterableDataset):
             check_stream_options(args)
         warn_about_untrained_modules(base_model.config, args)
+        if is_peft_model(model) or peft_config is not None:
+            warn_about_config_of_adapter(base_model.config)
         if not is_peft_model(model) and peft_config is None:
             check_trained_modules(args, base_model.config.use_pseudo_image_features)
             set_trainable_parameters(base_model, args.get_trained_modules())
