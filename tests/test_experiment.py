@@ -137,6 +137,11 @@ class TestPlan:
         with pytest.raises(ValueError, match="compares visual_wrods; expected arms of language_alone"):
             run.check_phases(plan, "quick")
 
+    def test_a_comparison_that_is_added_when_all_has_run_is_reported(self, run, plan, tmp_path):
+        for changes, pairs in (([], []), (["Now: one more."], [["visual_words", "language_alone"]])):
+            run.run_size(plan | {"sizes": {"none": []}, "changes": changes, "comparisons": pairs}, "none", tmp_path, 1)
+            assert json.loads((tmp_path / "results.json").read_text())["plan"]["comparisons"] == pairs
+
     def test_two_runs_do_not_share_a_folder(self, run, tiny_plan, tmp_path, capsys):
         with run.FileLock(tmp_path / "results.lock"), pytest.raises(SystemExit):
             run.main(["--plan", str(tiny_plan), "--size", "tiny", "--output", str(tmp_path)])

@@ -77,16 +77,14 @@ def make_tables(plan: dict[str, Any], setting: str, done: dict[str, dict]) -> st
     rows, each = [], []
     for first, second in find_comparisons(plan, done):
         cells = [show(get_differences(done, first, second, name, "all"), 100, 1) for name in SETS]
-        number = len(get_differences(done, first, second, "main", "all"))
+        points = [100 * difference for difference in get_differences(done, first, second, "main", "all")]
         nll = show(get_differences(done, first, second, "main", "nll"), 1, 3)
         primary = "yes" if [first, second] in plan["primary"] else ""
-        rows.append([f"{first} − {second}", primary, str(number), *cells, nll])
-        points = [f"{100 * d:+.1f}" for d in get_differences(done, first, second, "main", "all")]
-        each.append([f"{first} − {second}", ", ".join(points)])
+        rows.append([f"{first} − {second}", primary, str(len(points)), *cells, nll])
+        each.append([f"{first} − {second}", ", ".join(f"{difference:+.1f}" for difference in points)])
     names = [f"{name.replace('_', ' ')}, {plan['questions'].get(name, plan['questions']['others'])}" for name in SETS]
     comparisons = markdown_table(["points, questions", "primary", "replicates", *names, "nats a token"], rows)
-
-    each = markdown_table(["points of main", "each replicate"], each)
+    replicates = markdown_table(["points of main", "each replicate"], each)
 
     starts = [record["stage3"] for record in done.values()]
     rows = [
@@ -94,7 +92,7 @@ def make_tables(plan: dict[str, Any], setting: str, done: dict[str, dict]) -> st
         for name in starts[0]
     ]
     words = markdown_table([f"visual words, {len(starts)} stages III, nats", *starts[0]["kl"]], rows)
-    return f"## {setting}\n\n{arms}\n{comparisons}\n{each}\n{words}"
+    return f"## {setting}\n\n{arms}\n{comparisons}\n{replicates}\n{words}"
 
 
 def show(values: list[float], scale: float, digits: int, sign: str = "+") -> str:

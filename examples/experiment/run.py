@@ -98,6 +98,7 @@ def check_phases(plan: dict[str, Any], size: str) -> None:
 def run_size(plan: dict[str, Any], size: str, output: Path, num_processes: int) -> None:
     """Runs what of a size has no results yet."""
     results = open_results(output / "results.json", plan)
+    write_results(output / "results.json", results)  # its comparisons may have changed where nothing is left to run
     for world in {get_world(plan, phase["setting"]) for phase in plan["sizes"][size]}:
         folder = get_questions(output, world)
         numbers = plan["questions"]
@@ -163,6 +164,12 @@ def open_results(path: Path, plan: dict[str, Any]) -> dict[str, Any]:
             "expected one more of them, with its time and its reason."
         )
     return results | {"plan": plan}
+
+
+def write_results(path: Path, results: dict[str, Any]) -> None:
+    """Writes the file whole or not at all."""
+    path.with_suffix(".tmp").write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+    path.with_suffix(".tmp").replace(path)
 
 
 def check_plan(
@@ -234,16 +241,14 @@ class Phase:
         return [arm for arm in self.arms if arm not in done]
 
     def store(self, replicate: int, arm: str | None, measured: dict[str, Any]) -> None:
-        """Adds results, and writes the file whole or not at all."""
+        """Adds results, and writes all of them."""
         record = self.replicates.setdefault(str(replicate), {"arms": {}})
         if arm is None:
             record["stage3"] = measured
         else:
             record["arms"][arm] = measured
             print(f"{self.setting}, replicate {replicate}, {arm}: {measured['main']['all']:.1%}", flush=True)
-        path = self.output / "results.json"
-        path.with_suffix(".tmp").write_text(json.dumps(self.results, indent=1, sort_keys=True) + "\n")
-        path.with_suffix(".tmp").replace(path)
+        write_results(self.output / "results.json", self.results)
 
     def get_half_width(self, num_replicates: int) -> float:
         """The widest of the primary comparisons of these arms, in points."""

@@ -181,13 +181,14 @@ class VWLMMTrainer(SavesWholeCheckpoints, StopsWhenDiverged, LoadsInOrder, SFTTr
             )
         check_is_dense(base_model.config.text_config)
         base_model.config.check_temperatures()
-        check_options(args, kwargs, uses_peft=is_peft_model(model) or peft_config is not None)
+        uses_peft = is_peft_model(model) or peft_config is not None
+        check_options(args, kwargs, uses_peft)
         if isinstance(train_dataset, IterableDataset):
             check_stream_options(args)
         warn_about_untrained_modules(base_model.config, args)
-        if is_peft_model(model) or peft_config is not None:
+        if uses_peft:
             warn_about_config_of_adapter(base_model.config)
-        if not is_peft_model(model) and peft_config is None:
+        else:
             check_trained_modules(args, base_model.config.use_pseudo_image_features)
             set_trainable_parameters(base_model, args.get_trained_modules())
 
