@@ -37,7 +37,7 @@ from modeling_vwlmm.training.trainer import read_chat_template
 from modeling_vwlmm.training.training_modules import attach_training_modules
 from processing_vwlmm import VWLMMProcessor, load_llava_dataset
 from processing_vwlmm.cognition_alignment import KINDS
-from processing_vwlmm.llava_dataset import FEATURES, _read_records, find_rejected
+from processing_vwlmm.llava_dataset import FEATURES, find_rejected, read_records
 from processing_vwlmm.transforms import get_transform
 
 
@@ -58,7 +58,7 @@ class CheckingReader:
             (self.skipped if can_be_skipped and on_bad_image == "skip" else self.refused)[reason].append(name)
         if not rejected:
             return load_llava_dataset(json_file, image_folder, on_bad_image)
-        records = [record for index, record in enumerate(_read_records(json_file)) if index not in rejected]
+        records = [record for index, record in enumerate(read_records(json_file)) if index not in rejected]
         if not records:
             return Dataset.from_dict({name: [] for name in FEATURES}, features=FEATURES)
         with tempfile.TemporaryDirectory() as folder:

@@ -73,7 +73,7 @@ def answer(
         processor_kwargs={"padding": True, "padding_side": "left"},
     )
     check_length(model, inputs)
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)  # [B, L + new]
+    output = model.generate(**inputs.to(model.device), max_new_tokens=max_new_tokens, do_sample=False)  # [B, L + new]
     texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts]
 

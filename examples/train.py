@@ -341,10 +341,16 @@ def _check(script_args: ScriptArguments, training_args: VWLMMTrainingArguments, 
     return int(refused > 0)
 
 
+def parse_arguments(
+    args: list[str] | None = None,
+) -> tuple[ScriptArguments, VWLMMTrainingArguments, ModelConfig]:
+    """What the command line, or `args` in its place, and the recipe that it names say."""
+    return TrlParser((ScriptArguments, VWLMMTrainingArguments, ModelConfig)).parse_args_and_config(args)
+
+
 def main(args: list[str] | None = None) -> None:
     """Trains the stage that the command line, or `args` in its place, describes."""
-    parser = TrlParser((ScriptArguments, VWLMMTrainingArguments, ModelConfig))
-    script_args, training_args, model_args = parser.parse_args_and_config(args)
+    script_args, training_args, model_args = parse_arguments(args)
     changes = read_config_changes(script_args, training_args.trains_tokenizer)
     make_visual_words = read_visual_words(script_args)
     set_seed(training_args.seed)  # stage I draws adapter and VM head

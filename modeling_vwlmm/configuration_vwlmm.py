@@ -27,6 +27,7 @@ VISUAL_TOKENIZER_AUTO_MAP = {
     "AutoConfig": "configuration_vwlmm.VWLMMVisualTokenizerConfig",
     "AutoModel": "visual_tokenizer_vwlmm.VWLMMVisualTokenizer",
 }
+TEMPERATURES = ("visual_word_temperature", "pseudo_image_feature_temperature")
 
 
 @strict
@@ -291,26 +292,24 @@ class VWLMMConfig(LlavaConfig):
                     f"{self.text_config.vocab_size} tokens; expected a row of the decoder for each code. Resize the "
                     "decoder's embeddings, or load the tokenizer that it was trained with."
                 )
-        self.check_temperatures()
         if self.image_token_index is None:
             self.image_token_index = self.text_config.vocab_size
         self.adapter_config = self.adapter_config or {}
         self.trained_stages = self.trained_stages or []
         self.auto_map = dict(AUTO_MAP)
 
-    def check_temperatures(self) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         """
         Raises:
-            ValueError: If a temperature is no finite number above 0. Fields may be set behind `__init__`.
+            ValueError: If a temperature is none, also where it is set on a model's config.
         """
-        limits = {
-            "visual_word_temperature": " For the most probable word alone, as T goes to 0, let stage IV learn "
-            "`token_labels` of `get_visual_words`.",
-            "pseudo_image_feature_temperature": "",
-        }
-        for name, limit in limits.items():
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; expected a finite number above 0.{limit}")
+        # fp32 holds what logits are when they are divided by one of these.
+        if name in TEMPERATURES and not 1e-30 <= value <= 1e30:
+            raise ValueError(
+                f"`{name}` is {value}; expected a finite number above 0, from 1e-30 to 1e30. For the most probable "
+                "word alone, as T goes to 0, let stage IV learn `token_labels` of `get_visual_words`."
+            )
+        super().__setattr__(name, value)
 
     def to_dict(self) -> dict:
         """See `PreTrainedConfig.to_dict`. Parts keep their names on the Hub, and no folder of this machine."""

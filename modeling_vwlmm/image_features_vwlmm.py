@@ -168,10 +168,10 @@ class EncodesImages:
 
     def _pseudo_image_features(self, image_features: torch.Tensor) -> torch.Tensor:
         embeddings = self.get_vocabulary_embeddings(image_features.device)  # [C, D]
-        image_features = image_features / self.config.pseudo_image_feature_temperature
+        temperature = self.config.pseudo_image_feature_temperature
         if not isinstance(self.vm_head, VMHead):  # but a layer of vLLM's or PEFT's, which takes no embeddings
-            return get_distribution(self.vm_head, image_features).to(embeddings) @ embeddings
-        return self.vm_head(image_features, embeddings)  # [I * N, D]
+            return get_distribution(self.vm_head, image_features, temperature).to(embeddings) @ embeddings
+        return self.vm_head(image_features, embeddings, temperature)  # [I * N, D]
 
     def find_codes(self, patch_features: torch.Tensor, keep_mask: torch.Tensor | None) -> torch.Tensor:
         """

@@ -83,6 +83,7 @@ def linear_loss(
     teacher_weight: torch.Tensor,
     text_scale: float | torch.Tensor = 1.0,
     image_scale: float | torch.Tensor = 1.0,
+    teacher_temperature: float = 1.0,
 ) -> LinearLossOutput:
     """
     Cross-entropy at text positions and KL divergence at image positions, through one head and in one pass.
@@ -94,6 +95,7 @@ def linear_loss(
         teacher_hidden (`torch.Tensor` of shape `[V, D']`): Inputs of the teacher's head at the image positions.
         teacher_weight (`torch.Tensor` of shape `[C, D']`): The teacher's head.
         text_scale, image_scale (`float` or `torch.Tensor`): Factors of the two sums in `loss`.
+        teacher_temperature (`float`): What the teacher's logits are divided by.
 
     Returns:
         [`LinearLossOutput`]
@@ -102,7 +104,14 @@ def linear_loss(
         ValueError: If the shapes do not fit together.
     """
     loss, cross_entropies, kl_div, teacher_entropy, student_entropy = linear_row_losses(
-        student_hidden, student_weight, labels, teacher_hidden, teacher_weight, text_scale, image_scale
+        student_hidden,
+        student_weight,
+        labels,
+        teacher_hidden,
+        teacher_weight,
+        text_scale,
+        image_scale,
+        teacher_temperature,
     )
     return LinearLossOutput(loss, cross_entropies.sum(), kl_div, teacher_entropy, student_entropy)
 
@@ -116,6 +125,7 @@ def linear_row_losses(
     teacher_weight: torch.Tensor,
     text_scale: float | torch.Tensor,
     image_scale: float | torch.Tensor,
+    teacher_temperature: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     [`linear_loss`] with the cross-entropies of the text positions one by one, `[T]`, and a factor for each of them
@@ -143,6 +153,7 @@ def linear_row_losses(
         teacher_weight,
         text_scale,
         image_scale,
+        teacher_temperature,
         torch.is_grad_enabled(),
     )
 
@@ -168,6 +179,7 @@ class _LinearLoss(torch.autograd.Function):
         teacher_weight: torch.Tensor,
         text_scale: float | torch.Tensor,
         image_scale: float | torch.Tensor,
+        teacher_temperature: float,
         needs_grad: bool,
     ) -> tuple[torch.Tensor, ...]:
         # Inside `forward` gradients are always off: whether anyone wants them is only known outside.
@@ -212,7 +224,9 @@ class _LinearLoss(torch.autograd.Function):
             text_chunks, image_chunks = _chunks(0, num_text, most), _chunks(num_text, len(hidden), most // 2)
             # One buffer for all chunks: fresh memory costs a CPU as much time as softmax does.
             buffer = hidden.new_empty(_longest(text_chunks + image_chunks), num_tokens, dtype=logits_dtype)
-            teacher_buffer = torch.empty_like(buffer[: _longest(image_chunks)])
+            # A small temperature would take a teacher's logits out of fp16.
+            teacher_dtype = logits_dtype if teacher_temperature == 1 else statistics_dtype
+            teacher_buffer = torch.empty_like(buffer[: _longest(image_chunks)], dtype=teacher_dtype)
             for rows in text_chunks:
                 logits = _project(hidden[rows], weight, buffer)  # [R, C]
                 if use_kernels:
@@ -226,6 +240,8 @@ class _LinearLoss(torch.autograd.Function):
                 teacher_rows = slice(rows.start - num_text, rows.stop - num_text)
                 logits = _project(hidden[rows], weight, buffer)  # [R, C]
                 teacher_logits = _project(teacher_hidden[teacher_rows], teacher_weight, teacher_buffer)  # [R, C]
+                if teacher_temperature != 1:
+                    teacher_logits /= teacher_temperature
                 if use_kernels:
                     sums += triton_kl_div_(logits, teacher_logits)
                 else:
@@ -263,7 +279,7 @@ class _LinearLoss(torch.autograd.Function):
             else (grad * factor).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return (*gradients, None, None, None, None, None, None)
+        return (*gradients, None, None, None, None, None, None, None)
 
 
 def max_chunk_rows(device: torch.device, row_bytes: int) -> int:

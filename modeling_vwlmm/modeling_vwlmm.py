@@ -70,7 +70,6 @@ class VWLMMModel(EncodesImages, FrozenVisionTower, WithVisualWords, LlavaModel):
     def __init__(self, config: VWLMMConfig) -> None:
         # Not LLaVA's own __init__, which knows one adapter alone.
         PreTrainedModel.__init__(self, config)
-        config.check_temperatures()  # which keywords of `from_pretrained` set behind the config's own check
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.visual_tokenizer = None
         if config.visual_tokenizer_config is not None:

@@ -60,6 +60,8 @@ class HeadRows(NamedTuple):
         or the inputs of the head that says what to predict,
     teacher_head (`torch.Tensor` of shape `[C, D']`, *optional*):
         and its weight.
+    teacher_temperature (`float`, *optional*, defaults to 1.0):
+        What the teacher's logits are divided by.
     teacher_entropy, student_entropy (`str`, *optional*):
         Names under which the entropies of the two distributions are logged, in nats.
     """
@@ -69,6 +71,7 @@ class HeadRows(NamedTuple):
     labels: torch.Tensor | None = None
     teacher: torch.Tensor | None = None
     teacher_head: torch.Tensor | None = None
+    teacher_temperature: float = 1.0
     teacher_entropy: str | None = None
     student_entropy: str | None = None
 
@@ -144,10 +147,12 @@ class Objective:
     beside_language: ClassVar[bool] = True
     # What it reads of a batch beside token ids, labels and images: arguments of `forward`, and columns of a dataset.
     columns: ClassVar[tuple[str, ...]] = ()
-    # Whether its loss and the text's are one mean over the positions of both, and not a mean each.
-    counts_with_text: bool = False
     # And what it reads where there is some.
     optional_columns: ClassVar[tuple[str, ...]] = ()
+    # Whether its loss and the text's are one mean over the positions of both, and not a mean each.
+    counts_with_text: bool = False
+    # Whether it learns from the VM head at `config.visual_word_temperature`.
+    reads_visual_words: ClassVar[bool] = False
     # Layers of the decoder whose outputs it reads, as indices of `hidden_states`.
     layers: tuple[int, ...] = ()
     # Whether it supervises the images of a batch and no positions: its loss is then a mean over images.
@@ -240,32 +245,37 @@ class Language(Objective):
         return Term(total, (labels[:, 1:] != -100).sum(), {})
 
 
-class VisualWords(Objective):
-    """
-    Stage IV, `KL(P' ‖ Q)`: the decoder predicts the visual words (equation 6 of the paper), at
-    `config.visual_word_temperature`.
-    """
-
-    name = "visual_words"
+class ImageObjective(Objective):
+    """An objective of the image positions that have something before them to be predicted from."""
 
     def positions(self, batch: Mapping[str, Any], image_token_id: int) -> torch.Tensor:
         return get_supervised_image_positions(
             batch["input_ids"], batch.get("attention_mask"), image_token_id, batch.get("position_ids")
         )
 
+
+class VisualWords(ImageObjective):
+    """
+    Stage IV, `KL(P' ‖ Q)`: the decoder predicts the visual words (equation 6 of the paper), at
+    `config.visual_word_temperature`.
+    """
+
+    name = "visual_words"
+    reads_visual_words = True
+
     def predict(self, inputs: ObjectiveInputs) -> HeadRows:
         positions = inputs.positions_of(self)  # [V]
         return HeadRows(
             inputs.model.lm_head.weight,
             inputs.hidden_before(positions),
-            # The head has no bias: its logits are divided by T where its inputs are.
-            teacher=inputs.image_features_at(positions).detach() / inputs.model.config.visual_word_temperature,
+            teacher=inputs.image_features_at(positions).detach(),
             teacher_head=inputs.model.model.vm_head.weight,
+            teacher_temperature=inputs.model.config.visual_word_temperature,
             teacher_entropy="visual_word_entropy",
         )
 
 
-class VMHeadObjective(VisualWords):
+class VMHeadObjective(ImageObjective):
     """Stage III, `KL(Q ‖ P')`: the VM head learns from what the decoder predicts."""
 
     name = "vm_head"
@@ -283,7 +293,7 @@ class VMHeadObjective(VisualWords):
         )
 
 
-class TokenLabels(VisualWords):
+class TokenLabels(ImageObjective):
     """
     Cross-entropy with one given token for each image position, its hard visual word: the column `image_labels`,
     `[images][N]` tokens of a sample (ids or words; digits are an id), and -100 or None where none is given, or None
@@ -370,7 +380,7 @@ def _check_is_list(name: str, value: Any, expected: str) -> None:
         raise ValueError(f"{name} are {value!r}; expected {expected}.")
 
 
-class Features(VisualWords):
+class Features(ImageObjective):
     """
     The next image feature by regression through a linear head: `x_n` from `h_{n-1}` (figure 2b of the paper; Emu).
     With `shift=False` and a `layer`, the aligned variant (VIRAL): the tower's patch feature of position `n` from the
@@ -434,7 +444,7 @@ class Features(VisualWords):
         return Term(losses.sum(), len(positions), {"features_cosine": cosines.detach().sum()})
 
 
-class Codes(VisualWords):
+class Codes(ImageObjective):
     """
     Cross-entropy with the code of the next image token, which the frozen visual tokenizer makes of the image (LaVIT,
     equation 5), and with `[/IMG]` behind the last: how many tokens an image has is part of what is learned.
@@ -846,9 +856,9 @@ def _run_pass(rows: dict[str, HeadRows], scales: dict[str, torch.Tensor]) -> tup
     labelled = {name: r for name, r in rows.items() if r.teacher is None}
     taught = {name: r for name, r in rows.items() if r.teacher is not None}  # one at most
     head = next(iter(rows.values())).head
-    teacher, teacher_head = hidden[:0], head
+    teacher, teacher_head, teacher_temperature = hidden[:0], head, 1.0
     for r in taught.values():
-        teacher, teacher_head = r.teacher, r.teacher_head
+        teacher, teacher_head, teacher_temperature = r.teacher, r.teacher_head, r.teacher_temperature
     sizes = [len(r.labels) for r in labelled.values()]
     labels = [r.labels for r in labelled.values()] or [hidden.new_empty(0, dtype=torch.long)]
     text_scales = [
@@ -862,6 +872,7 @@ def _run_pass(rows: dict[str, HeadRows], scales: dict[str, torch.Tensor]) -> tup
         teacher_head,
         torch.cat(text_scales) if text_scales else 0.0,
         scales[next(iter(taught))] if taught else 0.0,
+        teacher_temperature,
     )
     sums = [part.sum() for part in cross_entropies.split(sizes)] if sizes else []
     terms = {name: Term(total, size, {}) for name, total, size in zip(labelled, sums, sizes, strict=True)}

@@ -6,6 +6,8 @@ Visual words: image features as distributions over the vocabulary, and what can 
 Shapes: `I` images, `N` image tokens of one image, `D` hidden size of the decoder, `C` vocabulary size of the LLM.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -23,32 +25,40 @@ class VMHead(nn.Linear):
     A class of its own, so that bitsandbytes leaves it alone, as it does the MM head: the losses read both weights.
     """
 
-    def forward(self, image_features: torch.Tensor, embeddings: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, image_features: torch.Tensor, embeddings: torch.Tensor | None = None, temperature: float = 1.0
+    ) -> torch.Tensor:
         """
         Args:
             image_features (`torch.Tensor` of shape `[..., D]`): Image features `x`.
             embeddings (`torch.Tensor` of shape `[C, D]`, *optional*): Token embeddings `E`.
+            temperature (`float`, *optional*, defaults to 1.0): `T` of the visual words that are mixed of `embeddings`.
 
         Returns:
             `torch.Tensor` of shape `[..., C]`, the logits of the visual words; with `embeddings` `[..., D]`, the
-            pseudo image features `softmax(W_VM x) E` (equation 8 of the paper). Rows of these pass in chunks, which
-            backward computes again: nothing of size `[..., C]` outlives its chunk.
+            pseudo image features `softmax(W_VM x / T) E` (equation 8 of the paper). Rows of these pass in chunks,
+            which backward computes again: nothing of size `[..., C]` outlives its chunk.
         """
         image_features = to_dtype_of(self, image_features)
         if embeddings is None:
             return super().forward(image_features)
         chunks = image_features.split(max_chunk_rows(image_features.device, 4 * self.out_features))
         options = {"use_reentrant": False, "preserve_rng_state": False}
-        return torch.cat([checkpoint(self._mix, chunk, embeddings, **options) for chunk in chunks])
+        return torch.cat([checkpoint(self._mix, chunk, embeddings, temperature, **options) for chunk in chunks])
 
-    def _mix(self, image_features: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-        visual_words = super().forward(image_features).softmax(dim=-1, dtype=torch.float32)  # [R, C]
+    def _mix(self, image_features: torch.Tensor, embeddings: torch.Tensor, temperature: float) -> torch.Tensor:
+        visual_words = get_distribution(super().forward, image_features, temperature)  # [R, C]
         return visual_words.to(embeddings) @ embeddings  # [R, D]
 
 
-def get_distribution(vm_head: nn.Module, image_features: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """The visual words `P'` of image features `[..., D]`, in fp32: `[..., C]`."""
-    return vm_head(image_features / temperature).softmax(dim=-1, dtype=torch.float32)
+def get_distribution(
+    vm_head: Callable[[torch.Tensor], torch.Tensor], image_features: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
+    """The visual words `P' = softmax(W_VM x / T)` of image features `[..., D]`, in fp32: `[..., C]`."""
+    logits = vm_head(image_features)  # [..., C]
+    if temperature != 1:
+        logits = logits.float() / temperature  # which may leave the range of fp16
+    return logits.softmax(dim=-1, dtype=torch.float32)
 
 
 class WithVisualWords:

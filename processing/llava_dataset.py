@@ -38,8 +38,8 @@ FEATURES = Features(
 )
 # Part of the cache key: raise it whenever the same input gives different rows.
 CACHE_VERSION = 4
-# Rows of a batch, and characters that are read at once: what is in memory at one time.
 LABEL_COLUMNS = {"ids": "int32", "words": "string"}  # before it is known which of them it is
+# Rows of a batch, and characters that are read at once: what is in memory at one time.
 BATCH_SIZE, BLOCK_SIZE = 1000, 1 << 20
 # Where the text that has been read ends in the middle of a value, the decoder finds its fault this near to the end.
 CUT = 16
@@ -143,10 +143,10 @@ def find_rejected(
     """
     image_folder = Path(image_folder).resolve()
     rejected, uses = {}, {}
-    for index, record in enumerate(_read_records(json_file)):
+    for index, record in enumerate(read_records(json_file)):
         name = str(record.get("id")) if isinstance(record, dict) else f"record {index}"
         try:
-            row = _row(index, record, image_folder)
+            row = read_record(index, record, image_folder)
         except ValueError as error:
             rejected[index] = name, str(error).partition(": ")[2], False
         else:
@@ -213,7 +213,7 @@ def _paused_collector() -> Iterator[None]:
             gc.enable()
 
 
-def _read_records(json_file: str | os.PathLike) -> Iterator[Any]:
+def read_records(json_file: str | os.PathLike) -> Iterator[Any]:
     """The records one by one, of a file that need not fit into memory."""
     with open(json_file, "rb") as file:
         encoding = json.detect_encoding(file.read(4))
@@ -278,7 +278,22 @@ def _read_list(file: TextIO) -> Iterator[Any]:
     return None if number else "an empty list"
 
 
-def _row(index: int, record: Any, image_folder: Path) -> dict[str, Any]:
+def read_record(index: int, record: Any, image_folder: Path) -> dict[str, Any]:
+    """
+    The row of a record.
+
+    Args:
+        index (`int`): Its place in the file, for errors to name.
+        record (`Any`): What stands there.
+        image_folder (`Path`): The folder of the images, resolved.
+
+    Returns:
+        `dict`: `id`, `messages`, `images` with the paths of files that nobody has looked at yet, and `image_labels` if
+        there are some.
+
+    Raises:
+        ValueError: If it is malformed.
+    """
     if not isinstance(record, dict):
         raise ValueError(f"record {index}: found a value of type {type(record).__name__}, expected an object.")
     if isinstance(record.get("id"), bool) or not isinstance(record.get("id"), (str, int)):
@@ -509,7 +524,7 @@ def _content_digest(
 
 def _next_rows(records: Iterator[tuple[int, Any]], image_folder: Path) -> list[dict[str, Any]]:
     try:
-        return [_row(index, record, image_folder) for index, record in islice(records, BATCH_SIZE)]
+        return [read_record(index, record, image_folder) for index, record in islice(records, BATCH_SIZE)]
     except ValueError:
         for _ in records:  # a file that is no JSON has that fault first
             pass
@@ -530,7 +545,7 @@ def _write_rows(
     schema = Features({**FEATURES, **{name: List(List(Value(dtype))) for name, dtype in LABEL_COLUMNS.items()}})
     schema = schema.arrow_schema
     num_rows, first_use, label_type = 0, {}, None
-    records = enumerate(tqdm(_read_records(json_file), desc="Reading conversations", unit=" samples"))
+    records = enumerate(tqdm(read_records(json_file), desc="Reading conversations", unit=" samples"))
     with pa.OSFile(str(unchecked), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         while rows := _next_rows(records, image_folder):
             num_rows += len(rows)

@@ -8,6 +8,7 @@ gives the same results again and after it was stopped, and that the report's int
 import importlib
 import json
 import random
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -83,24 +84,24 @@ class StopsEarly(ThreadPoolExecutor):
 class TestPlan:
     def test_each_arm_is_a_recipe(self, run, plan, tmp_path):
         train = importlib.import_module("train")
-        kinds = (train.ScriptArguments, train.VWLMMTrainingArguments, train.ModelConfig)
         for setting, lines in plan["settings"].items():
             for stage in [int(name.removeprefix("stage")) for name in lines if name.startswith("stage")]:
                 for arm in plan["arms"] if stage == 4 else [None]:
                     changes = plan["arms"].get(arm, {})
                     start = tmp_path / "start" if stage > 1 else None
-                    recipe = run.write_recipe(plan, setting, stage, tmp_path, "arm", start, 7, changes)
-                    data, args, model = train.TrlParser(kinds).parse_args_and_config(recipe)
-                    assert args.stage == stage and args.seed == 7 and args.output_dir == str(tmp_path / "arm")
+                    name = arm or f"stage{stage}"
+                    recipe = run.write_recipe(plan, setting, stage, tmp_path, name, start, 7, changes)
+                    data, args, model = train.parse_arguments(recipe)
+                    assert args.stage == stage and args.seed == 7 and args.output_dir == str(tmp_path / name)
                     assert model.model_name_or_path == (None if start is None else str(start))
                     for entry in data.datasets:
-                        name = Path(entry["json_file"]).name
-                        assert name.split(".")[0] in lines["data"] and (".argmax." in name) == (arm == "argmax")
+                        file = Path(entry["json_file"]).name
+                        assert file.split(".")[0] in lines["data"] and (".argmax." in file) == (arm == "argmax")
                         assert Path(entry["image_folder"]) == tmp_path / "data" / "images"
                     if arm is not None:
                         (objective,) = changes["visual_objective"]
                         assert args.get_visual_objective() == changes["visual_objective"]
-                        assert objective in run.objectives.OBJECTIVES or objective == "reconstruction"
+                        assert objective in OBJECTIVES or objective == "reconstruction"
                         assert data.visual_word_temperature == (0.25 if arm in SHARPENED else None)
                         assert data.use_pseudo_image_features == (True if arm == "pseudo_image_features" else None)
 
@@ -108,29 +109,99 @@ class TestPlan:
         for phases in plan["sizes"].values():
             arms = [set(phase["arms"]) for phase in phases]
             assert set.union(*arms) <= plan["arms"].keys()
-            compared = [pair for pair in plan["primary"] + plan["comparisons"] if any(set(pair) <= a for a in arms)]
             for phase in phases:  # widths of primary ones say when to stop
                 assert "until" not in phase or any(set(pair) <= set(phase["arms"]) for pair in plan["primary"])
-        assert compared == plan["primary"] + plan["comparisons"]  # of the last size, the full one
+        arms = [set(phase["arms"]) for phase in plan["sizes"]["full"]]
+        for pair in plan["primary"] + plan["comparisons"]:
+            assert any(set(pair) <= together for together in arms)
 
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
             ({"arms": ["sharp"]}, "A phase of bad has sharp, which the plan does not describe; expected"),
             ({"setting": "scarse"}, "A phase of bad has scarse, which the plan does not"),
-            ({"until": {}}, "in scarce stops by the width of primary comparisons, and has the arms of none"),
-            ({"arms": ["misspelt"]}, "`image_labels` of arms is {'misspelt': 'argmx'}; expected `true`"),
+            ({"until": {"half_width": 1.0, "at_least": 8, "step": 4, "at_most": 32}}, "has the arms of none"),
             ({"setting": "larger", "arms": ["codes"]}, "has codes in larger; expected a setting of the small world"),
+            ({"arms": ["misspelt"]}, "Unknown arguments from config file.*--learning_rte"),
+            ({"arms": ["unknown"]}, "`visual_objective` is 'visual_wrods'; expected"),
+            ({"replicates": 0}, "replicates.*\n.*greater than 0"),
+            ({"replicates": None}, "expected either `replicates` or `until`"),
+            ({"replicates": [3, 3]}, "3 stands there twice"),
+            ({"arms": ["visual_words", "visual_words"]}, "visual_words stands there twice"),
+            ({"arms": []}, "arms.*\n.*at least 1 item"),
+            ({"arm": ["visual_words"]}, "arm\n *Extra inputs are not permitted"),
+            ({"until": {"half_width": 1.0, "at_least": 8, "step": 0, "at_most": 9}}, "step.*\n.*greater than 0"),
+            ({"until": {"half_width": 1.0, "at_least": 8, "step": 1, "at_most": 7}}, "`at_most` that is not below"),
         ],
     )
     def test_a_phase_that_would_fail_after_hours(self, run, tmp_path, changes, message):
         plan = yaml.safe_load(run.PLAN.read_text())
-        plan["arms"]["misspelt"] = {"image_labels": "argmx"}
-        phase = {"setting": "scarce", "replicates": 1, "arms": ["visual_words"]} | changes
+        plan["arms"] |= {"misspelt": {"learning_rte": 1e-3}, "unknown": {"visual_objective": {"visual_wrods": 1.0}}}
+        amount = {} if "until" in changes else {"replicates": 1}
+        phase = {"setting": "scarce", "arms": ["visual_words"]} | amount | changes
         (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan | {"sizes": {"bad": [phase]}}))
         with pytest.raises(ValueError, match=message):
             run.main(["--plan", str(tmp_path / "plan.yaml"), "--size", "bad", "--output", str(tmp_path / "runs")])
         assert not (tmp_path / "runs").exists()
+
+    @pytest.mark.parametrize(
+        ("name", "lines", "message"),
+        [
+            ("arms", {"a": {"image_labels": "argmx"}}, "arms.a.image_labels"),
+            ("arms", {"a": {"visual_tokenizer": False}}, "arms.a.visual_tokenizer"),
+            ("arms", {"a": {"seed": 1}}, "seed is the same for all arms"),
+            ("arms", {"stage3": {}}, "an arm is called stage3"),
+            ("settings", {"s": {"data": {"captions": 1}, "stage1": {}, "stage_2": {}}}, "settings.s.stage_2"),
+            ("settings", {"s": {"data": {"caption": 1}}}, "settings.s.data.caption"),
+            ("changes", None, "changes"),
+            ("changes", ["Today, another arm."], "changes.0"),
+            ("sizes", {"quick": []}, "sizes.quick"),
+            ("questions", {"main": 2100}, "questions.others"),
+            ("held_out_look", [], "held_out_look"),
+        ],
+    )
+    def test_a_line_that_is_none(self, run, tmp_path, name, lines, message):
+        plan = yaml.safe_load(run.PLAN.read_text()) | {name: lines}
+        (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+        with pytest.raises(ValueError, match=message):
+            run.read_plan(tmp_path / "plan.yaml")
+
+    def test_a_look_that_no_scene_has(self, run, plan):
+        plan["held_out_looks"] = [["red", "sqare"]]
+        with pytest.raises(ValueError, match="`held_out_looks` has red sqare; expected one of red, .*triangle"):
+            run.check_phases(plan, "quick")
+
+    def test_results_that_were_cut(self, run, plan, tmp_path):
+        (tmp_path / "results.json").write_text('{"plan": {')
+        with pytest.raises(ValueError, match="results.json is not valid JSON .* Put a copy of it back"):
+            run.open_results(tmp_path / "results.json", plan)
+
+    def test_a_start_that_is_another_one(self, run, plan, tmp_path):
+        start = {"entropy": {"all": 1.5}}
+        results = {"plan": plan, "settings": {"scarce": {"7": {"stage3": start, "arms": {}}}}}
+        phase = run.Phase(plan, "scarce", ["visual_words"], tmp_path, results)
+        phase.store(7, None, start)
+        with pytest.raises(ValueError, match="entropy of 1.7 nats; expected the 1.5 .* name new `replicates`"):
+            phase.store(7, None, {"entropy": {"all": 1.7}})
+
+    def test_an_arm_that_fails_beside_others(self, run, plan, tmp_path, monkeypatch):
+        """What others are at is stored, and nothing new is begun."""
+        done = threading.Event()
+
+        def run_arm(plan, setting, replicate, output, arm):
+            if arm == "visual_words":
+                raise OSError("no space left")
+            done.wait(30)
+            return {"main": {"all": 0.5}}
+
+        monkeypatch.setattr(run, "run_arm", run_arm)
+        monkeypatch.setattr(run, "run_start", lambda *args: {"entropy": {"all": 1.5}})
+        monkeypatch.setattr(run, "print", lambda *args, **kwargs: "failed" in args[0] and done.set(), raising=False)
+        results = {"plan": plan, "settings": {}}
+        with ThreadPoolExecutor(2) as pool, pytest.raises(OSError, match="no space left"):
+            run.Phase(plan, "scarce", ["visual_words", "sharpened", "argmax"], tmp_path, results).run(pool, 2, [0])
+        assert results["settings"]["scarce"]["0"]["arms"] == {"sharpened": {"main": {"all": 0.5}}}
+        assert json.loads((tmp_path / "results.json").read_text()) == results
 
     def test_a_comparison_of_an_arm_that_is_not_there(self, run, plan):
         plan["comparisons"] = [["visual_wrods", "language_alone"]]
@@ -272,13 +343,13 @@ def test_same_results_again_and_after_a_stop(run, tiny_plan, tmp_path):
     phase = plan["sizes"]["tiny"][0]
     with StopsEarly(3) as pool, pytest.raises(KeyboardInterrupt):  # the tokenizer, the start, and an arm
         results = run.open_results(stopped / "results.json", plan)
-        run.Phase(plan, phase["setting"], phase["arms"], stopped, results).run(pool, 1, 1)
+        run.Phase(plan, phase["setting"], phase["arms"], stopped, results).run(pool, 1, [0])
     assert list(json.loads((stopped / "results.json").read_text())["settings"]["scarce"]["0"]["arms"]) == [
         "visual_words"
     ]
     with StopsEarly(3) as pool:  # tokenizer and start, which are not trained again, and the other arm
         results = run.open_results(stopped / "results.json", plan)
-        run.Phase(plan, phase["setting"], phase["arms"], stopped, results).run(pool, 1, 1)
+        run.Phase(plan, phase["setting"], phase["arms"], stopped, results).run(pool, 1, [0])
     assert (stopped / "results.json").read_text() == whole
 
     plan["sizes"]["tiny"][0]["replicates"] = 2  # what is there stays, and the plan says what has changed
@@ -305,10 +376,12 @@ def test_labels_of_any_record(run, vicuna, model, processor, tmp_path, monkeypat
     for seed in range(3):
         make_image(seed).save(tmp_path / f"{seed}.png")
     monkeypatch.setattr(run.label_images, "BATCH_SIZE", 2)
+    answer = {"from": "gpt", "value": "b"}
+    turns = [[{"from": "human", "value": f"{'<image>' * number} a"}, answer] for number in range(3)]
     records = [
-        {"id": "a", "image": "0.png", "image_labels": [[1]]},
-        {"id": "b"},
-        {"id": "c", "image": ["1.png", "2.png"]},
+        {"id": "a", "image": "0.png", "image_labels": [1], "conversations": turns[1]},  # labels that are none
+        {"id": "b", "conversations": turns[0]},
+        {"id": "c", "image": ["1.png", "2.png"], "conversations": turns[2]},
     ]
     (tmp_path / "in.json").write_text(json.dumps(records))
     run.label_images.main([vicuna, str(tmp_path / "in.json"), str(tmp_path), str(tmp_path / "out.json")])
@@ -318,9 +391,14 @@ def test_labels_of_any_record(run, vicuna, model, processor, tmp_path, monkeypat
         expected = [model.get_visual_words(**inputs).token_ids[0, :, 0].tolist() for inputs in words]
         assert record.get("image_labels", []) == expected
 
-    (tmp_path / "in.json").write_text(json.dumps([*records, {"id": "d", "image": "none.png"}]))
-    with pytest.raises(ValueError, match="none.png is no readable image: the file does not exist"):
-        run.label_images.main([vicuna, str(tmp_path / "in.json"), str(tmp_path), str(tmp_path / "broken.json")])
+    for record, message in [
+        ({"id": "d", "image": "none.png", "conversations": turns[1]}, "none.png is no readable image: the file does"),
+        ({"id": "d", "image": "../0.png", "conversations": turns[1]}, "record 3 .*leaves the image folder"),
+        (None, "record 3: found a value of type NoneType"),
+    ]:
+        (tmp_path / "in.json").write_text(json.dumps([*records, record]))
+        with pytest.raises(ValueError, match=message):
+            run.label_images.main([vicuna, str(tmp_path / "in.json"), str(tmp_path), str(tmp_path / "broken.json")])
     assert not (tmp_path / "broken.json").exists()  # nothing that looks whole
 
 

@@ -43,12 +43,13 @@ def make_inputs(dtype=torch.float64, sharpness=1.0) -> dict[str, torch.Tensor]:
     }
 
 
-def written_out(student_hidden, student_weight, labels, teacher_hidden, teacher_weight):
+def written_out(student_hidden, student_weight, labels, teacher_hidden, teacher_weight, teacher_temperature=1.0):
     """Cross-entropy, divergence, and both entropies from full logits, as sums."""
     logits = (student_hidden @ student_weight.T).float() if student_hidden.dtype != torch.float64 else None
     logits = student_hidden @ student_weight.T if logits is None else logits
     log_q = F.log_softmax(logits, dim=-1)  # [T + V, C]
-    log_p = F.log_softmax((teacher_hidden @ teacher_weight.T).to(log_q.dtype), dim=-1).detach()  # [V, C]
+    teacher_logits = (teacher_hidden @ teacher_weight.T).to(log_q.dtype) / teacher_temperature
+    log_p = F.log_softmax(teacher_logits, dim=-1).detach()  # [V, C]
     cross_entropy = F.nll_loss(log_q[:T], labels, reduction="sum")
     kl_div = F.kl_div(log_q[T:], log_p, log_target=True, reduction="sum")
     entropies = [-(log.exp() * log).sum() for log in (log_p, log_q[T:].detach())]
@@ -72,6 +73,17 @@ class TestValues:
         expected_gradients = gradients(expected_loss, inputs)
         for found, wanted in zip(gradients(output.loss, inputs), expected_gradients, strict=True):
             assert (found - wanted).norm() <= rtol * wanted.norm()
+
+    @pytest.mark.parametrize("dtype, rtol", [(torch.float32, 1e-4), (torch.float16, 1e-2)])
+    @pytest.mark.parametrize("temperature", [0.25, 4, 1e-6, 1e30])
+    def test_temperature_of_the_teacher(self, dtype, rtol, temperature):
+        """In fp16 logits of 10 divided by 1e-6 are infinite."""
+        inputs = make_inputs(dtype)
+        expected = written_out(**inputs, teacher_temperature=temperature)
+        output = linear_loss(**inputs, teacher_temperature=temperature)
+        assert_close(output[1:], expected, atol=1e-3, rtol=rtol)
+        wanted = gradients(expected[0] + expected[1], inputs)
+        assert_close(gradients(output.loss, inputs), wanted, atol=20 * rtol, rtol=rtol)
 
     def test_kl_div_alone_is_its_sum_over_rows(self):
         inputs = make_inputs()

@@ -513,6 +513,27 @@ class TestVisualWords:
             mixed = (distribution.probabilities.unsqueeze(-1) * embeddings[distribution.token_ids]).sum(dim=-2)
             assert_close(found, mixed)
 
+    @pytest.mark.parametrize("temperature", [1e-30, 1e-4, 1e30])
+    def test_temperature_in_fp16(self, model, batch, temperature):
+        """Logits of a few units divided by 1e-4 are no fp16; their distribution is that of the most probable word."""
+        model = model.half()
+        pixel_values = batch["pixel_values"].half()
+        words = model.get_visual_words(pixel_values)
+        model.config.visual_word_temperature = model.config.pseudo_image_feature_temperature = temperature
+        model.config.use_pseudo_image_features = True
+        found = model.get_visual_words(pixel_values, top_k=480)
+        read = torch.stack(model.get_image_features(pixel_values).pooler_output)  # [I, N, D]
+        output = model(**batch | {"pixel_values": pixel_values}, visual_objective="visual_words")
+        assert output.visual_loss.isfinite() and output.visual_word_entropy.isfinite()
+        if temperature > 1:
+            assert_close(found.probabilities, torch.full_like(found.probabilities, 1 / 480))
+        else:
+            is_sure = found.probabilities[..., 0] > 0.999
+            assert is_sure.float().mean() > 0.9  # two words may have the same logit in fp16
+            assert torch.equal(found.token_ids[..., 0][is_sure], words.token_ids[..., 0][is_sure])
+            embedded = model.get_input_embeddings()(words.token_ids[..., 0])
+            assert_close(read[is_sure], embedded[is_sure])
+
     def test_one_word_by_default_and_every_word_on_request(self, model, batch):
         assert model.get_visual_words(batch["pixel_values"]).token_ids.shape == (3, N, 1)
         probabilities = model.get_visual_words(batch["pixel_values"], top_k=480).probabilities
@@ -839,10 +860,14 @@ class TestResizeTokenEmbeddings:
 
 class TestConfig:
     @pytest.mark.parametrize("name", ["visual_word_temperature", "pseudo_image_feature_temperature"])
-    @pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
+    @pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan, 1e-40, 10**400])
     def test_temperature_that_is_none(self, name, value):
         with pytest.raises(ValueError, match=f"`{name}` is {value}; expected a finite number above 0"):
             VWLMMConfig(**{name: value})
+        config = VWLMMConfig()
+        with pytest.raises(ValueError, match=f"`{name}` is {value}; expected a finite number above 0"):
+            setattr(config, name, value)  # as on the config of a model
+        assert getattr(config, name) == 1
 
     def test_temperatures_that_are_set_later(self, vicuna, tmp_path):
         """By keywords, which are checked as in the config; and they are saved, also as whole numbers."""

@@ -40,8 +40,8 @@ class TestCollector:
     @pytest.mark.parametrize("is_malformed", [False, True])
     def test_is_as_it_was(self, tmp_path, monkeypatch, enabled, is_malformed):
         seen = []
-        row = llava_dataset._row
-        monkeypatch.setattr(llava_dataset, "_row", lambda *args: seen.append(gc.isenabled()) or row(*args))
+        read = llava_dataset.read_record
+        monkeypatch.setattr(llava_dataset, "read_record", lambda *args: seen.append(gc.isenabled()) or read(*args))
         json_file, images = write_records(tmp_path / "data", 3)
         if is_malformed:
             json_file.write_text("[1]")
@@ -74,7 +74,7 @@ class TestRecords:
         for values in LISTS:
             file = tmp_path / "values.json"
             file.write_text(json.dumps(values, indent=indent, ensure_ascii=False), encoding=encoding)
-            assert list(llava_dataset._read_records(file)) == values
+            assert list(llava_dataset.read_records(file)) == values
 
     @pytest.mark.parametrize("block_size", [1, 64])
     @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ class TestRecords:
         file = tmp_path / "values.json"
         file.write_text(text)
         with pytest.raises(ValueError, match="is not valid JSON"):
-            list(llava_dataset._read_records(file))
+            list(llava_dataset.read_records(file))
 
     def test_fault_is_found_where_it_is(self):
         """And not after the rest of a file of a gigabyte has been read."""

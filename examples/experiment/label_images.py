@@ -11,7 +11,9 @@ is whole, its name ends in `.unfinished`.
 import argparse
 import json
 import sys
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -21,6 +23,7 @@ from tqdm import tqdm
 
 from modeling_vwlmm import VWLMMForConditionalGeneration
 from processing_vwlmm import VWLMMProcessor
+from processing_vwlmm.llava_dataset import read_record, read_records
 
 
 BATCH_SIZE = 100
@@ -42,45 +45,46 @@ def main(arguments: list[str] | None = None) -> None:
             f"The VM head of {args.checkpoint} may be random: its `trained_stages` are {model.config.trained_stages}; "
             "expected 3 among them. Train stage III first."
         )
-    records = json.loads(args.json_file.read_text())
-    if not records:
-        raise ValueError(f"{args.json_file} has no records; expected one at least.")
     unfinished = args.output.with_name(f"{args.output.name}.unfinished")
     with open(unfinished, "w") as file:
         # As they come: the labels of LLaVA's 665k records are more than the memory of most machines.
-        for start in tqdm(range(0, len(records), BATCH_SIZE), desc="Labelling", unit="batch"):
-            batch = label(model, processor, records[start : start + BATCH_SIZE], args.image_folder)
-            file.write(",\n" if start else "[\n")
-            file.write(",\n".join(json.dumps(record) for record in batch))
+        records = enumerate(tqdm(read_records(args.json_file), desc="Labelling", unit=" records"))
+        separator = "[\n"
+        while batch := list(islice(records, BATCH_SIZE)):
+            labelled = label(model, processor, batch, args.image_folder.resolve())
+            file.write(separator + ",\n".join(map(json.dumps, labelled)))
+            separator = ",\n"
         file.write("\n]\n")
     unfinished.replace(args.output)
 
 
 def label(
-    model: VWLMMForConditionalGeneration, processor: VWLMMProcessor, records: list[dict], image_folder: Path
-) -> list[dict]:
+    model: VWLMMForConditionalGeneration,
+    processor: VWLMMProcessor,
+    numbered: list[tuple[int, Any]],
+    image_folder: Path,
+) -> list[dict[str, Any]]:
     """
-    Some records, with `image_labels` where they have images.
+    Records, that come with their places in the file, with `image_labels` where they have images.
 
     Raises:
-        ValueError: If an image cannot be read.
+        ValueError: If `load_llava_dataset` would refuse a record, or an image cannot be read.
     """
-    records = [{**record, "image_labels": []} if get_images(record) else record for record in records]
-    images = [(record, str(image_folder / name)) for record in records for name in get_images(record)]
+    records, images = [], []
+    for index, record in numbered:
+        if isinstance(record, dict):
+            record = {name: value for name, value in record.items() if name != "image_labels"}  # which it gets anew
+        paths = [image["path"] for image in read_record(index, record, image_folder)["images"]]
+        records.append(record | {"image_labels": []} if paths else record)
+        images += [(records[-1], path) for path in paths]
     if not images:
         return records
-    inputs = processor(images=[image for _, image in images], return_tensors="pt")
+    inputs = processor(images=[path for _, path in images], return_tensors="pt")
     ids = model.get_visual_words(**inputs.to(model.device)).token_ids[..., 0]  # [I, N]
     ids = ids.masked_fill(ids < 0, -100)  # dropped image tokens learn nothing
     for (record, _), labels in zip(images, ids.tolist(), strict=True):
         record["image_labels"].append(labels)
     return records
-
-
-def get_images(record: dict) -> list[str]:
-    """The paths of a record's images: none, one or several."""
-    images = record.get("image") or []
-    return [images] if isinstance(images, str) else images
 
 
 if __name__ == "__main__":

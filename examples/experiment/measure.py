@@ -16,6 +16,7 @@ BATCH_SIZE = 100
 DIGITS = 6  # of what goes into results
 SETS = ("main", "new_combinations", "more_objects", "noise")
 NUM_IMAGES = 300  # whose visual words are measured
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def measure_arm(checkpoint: Path, questions: Path) -> dict[str, dict[str, float]]:
@@ -30,7 +31,7 @@ def measure_arm(checkpoint: Path, questions: Path) -> dict[str, dict[str, float]
         `dict`, by set. That of each kind and of `"all"`; for `main` also `present_found` and `absent_denied` of the
         questions `exists`, and `nll`, nats a token of the right answers. Under `kl` that of [`measure_words`].
     """
-    model = VWLMMForConditionalGeneration.from_pretrained(checkpoint).eval()
+    model = VWLMMForConditionalGeneration.from_pretrained(checkpoint).eval().to(DEVICE)
     processor = VWLMMProcessor.from_pretrained(checkpoint)
     sets = {name: records for name in SETS if (records := read_questions(questions, name))}
     everything = [record for records in sets.values() for record in records]
@@ -88,7 +89,7 @@ def measure_words(checkpoint: Path, questions: Path) -> dict[str, dict[str, floa
         images at the same place, which is what a decoder is left with that knows nothing but the place. Each a mean
         over patches that show an `object`, its `border`, the `background`, and over `all`.
     """
-    model = VWLMMForConditionalGeneration.from_pretrained(checkpoint).eval()
+    model = VWLMMForConditionalGeneration.from_pretrained(checkpoint).eval().to(DEVICE)
     processor = VWLMMProcessor.from_pretrained(checkpoint)
     records = read_questions(questions, "main")[:NUM_IMAGES]
     words, predicted = [], []
@@ -100,13 +101,13 @@ def measure_words(checkpoint: Path, questions: Path) -> dict[str, dict[str, floa
             return_dict=True,
             return_tensors="pt",
             processor_kwargs={"padding": True, "padding_side": "right"},
-        )
+        ).to(DEVICE)
         features = torch.stack(model.get_image_features(inputs["pixel_values"]).image_features)  # [I, N, D]
         logits = model(**inputs, use_cache=False).logits  # [I, L, C]
         is_image = inputs["input_ids"][:, 1:] == model.config.image_token_id  # [I, L - 1]
         words.append(model.model.vm_head(features).double().log_softmax(dim=-1))  # [I, N, C]
         predicted.append(logits[:, :-1][is_image].double().log_softmax(dim=-1).view_as(words[-1]))  # [I, N, C]
-    words, predicted = torch.cat(words), torch.cat(predicted)
+    words, predicted = torch.cat(words).cpu(), torch.cat(predicted).cpu()
     place = words.exp().mean(dim=0).log()  # [N, C]
     measures = {
         "entropy": -(words.exp() * words).sum(dim=-1),

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import torch
 
-from modeling_vwlmm.objectives_vwlmm import OBJECTIVES, HeadRows, ObjectiveInputs, Term, VisualWords
+from modeling_vwlmm.objectives_vwlmm import OBJECTIVES, HeadRows, ImageObjective, ObjectiveInputs, Term, VisualWords
 
 
-class NoWords(VisualWords):
+class NoWords(ImageObjective):
     """Nothing: images without text are read and teach nothing, so that language alone has the steps of the others."""
 
     name = "no_words"

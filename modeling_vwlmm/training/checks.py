@@ -208,6 +208,21 @@ def warn_about_config_of_adapter(config: VWLMMConfig) -> None:
         )
 
 
+def warn_about_unread_temperatures(config: VWLMMConfig, args: VWLMMTrainingArguments) -> None:
+    """Names temperatures that a model has been set to and that nothing in a stage reads."""
+    objectives, _ = args.get_objectives()
+    if config.visual_word_temperature != 1 and not any(o.reads_visual_words for o in objectives.values()):
+        logger.warning(
+            f"`visual_word_temperature` is {config.visual_word_temperature}, and this run learns no visual words, but "
+            f"{', '.join(objectives)}: it does nothing here, and stays in the config."
+        )
+    if config.pseudo_image_feature_temperature != 1 and not config.use_pseudo_image_features:
+        logger.warning(
+            f"`pseudo_image_feature_temperature` is {config.pseudo_image_feature_temperature}, and the model reads no "
+            "pseudo image features: it does nothing until `use_pseudo_image_features` is set."
+        )
+
+
 def check_trained_modules(args: VWLMMTrainingArguments, use_pseudo_image_features: bool) -> None:
     """Raises if a module that trains can learn from none of the objectives."""
     objectives, _ = args.get_objectives()

@@ -55,6 +55,7 @@ from .checks import (
     check_trained_modules,
     restrict_all_linear,
     warn_about_config_of_adapter,
+    warn_about_unread_temperatures,
 )
 from .collating import VWLMMDataCollator
 from .data_loading import LoadsInOrder
@@ -102,8 +103,8 @@ class VWLMMTrainer(SavesWholeCheckpoints, StopsWhenDiverged, LoadsInOrder, SFTTr
 
     Raises:
         TypeError: If `model` is no VW-LMM, or `args` no [`VWLMMTrainingArguments`].
-        ValueError: If model and processor disagree on the image placeholder, `max_length` would cut image tokens, a
-            temperature is no finite number above 0, or Transformers (not PEFT) has attached an adapter to the model.
+        ValueError: If model and processor disagree on the image placeholder, `max_length` would cut image tokens, or
+            Transformers (not PEFT) has attached an adapter to the model.
         TrainingDiverged: While training, if the loss or the norm of the gradients is NaN or infinite, or far outside
             of its own history (`spike_threshold`).
 
@@ -180,12 +181,12 @@ class VWLMMTrainer(SavesWholeCheckpoints, StopsWhenDiverged, LoadsInOrder, SFTTr
                 "adapter).merge_and_unload()`, or pass the `PeftModel` to go on training the adapter."
             )
         check_is_dense(base_model.config.text_config)
-        base_model.config.check_temperatures()
         uses_peft = is_peft_model(model) or peft_config is not None
         check_options(args, kwargs, uses_peft)
         if isinstance(train_dataset, IterableDataset):
             check_stream_options(args)
         warn_about_untrained_modules(base_model.config, args)
+        warn_about_unread_temperatures(base_model.config, args)
         if uses_peft:
             warn_about_config_of_adapter(base_model.config)
         else:
@@ -609,7 +610,8 @@ def warn_about_untrained_modules(config: VWLMMConfig, args: VWLMMTrainingArgumen
         logger.warning("Stage 3: the VM head has never been trained. It starts from random weights, as in the paper.")
     missing = [number for number in stage.builds_on if record_name(args.method, number) not in trained_stages]
     objectives, _ = args.get_objectives()
-    reads_vm_head = "visual_words" in objectives or config.use_pseudo_image_features
+    learns_visual_words = any(objective.reads_visual_words for objective in objectives.values())
+    reads_vm_head = learns_visual_words or config.use_pseudo_image_features
     if not reads_vm_head and 3 in missing:
         missing.remove(3)
     for number in missing:
