@@ -27,7 +27,7 @@ from modeling_vwlmm import (
     VWLMMVisualTokenizerConfig,
 )
 from modeling_vwlmm.training.arguments import StageDefault
-from modeling_vwlmm.training.checks import restrict_all_linear
+from modeling_vwlmm.training.checks import find_answers, name_sample, restrict_all_linear
 from modeling_vwlmm.training.collating import VWLMMDataCollator
 from modeling_vwlmm.training.data_order import RandomOrderSampler
 from modeling_vwlmm.training.packing import pack_rows
@@ -134,7 +134,7 @@ def check(
             sample = dataset[index]
             batch = collator([sample])
         except (ValueError, OSError) as error:
-            name = dataset.select_columns("id")[index]["id"] if "id" in dataset.column_names else index
+            name = name_sample(dataset, [index])
             refused[str(error).replace(f"Sample {name!r}: ", "")].append(name)
         else:
             lengths.append(int(batch["attention_mask"].sum()))
@@ -148,6 +148,10 @@ def check(
     if reader.skipped:
         print(f"{sum(map(len, reader.skipped.values()))} would be skipped")
         _print_reasons(reader.skipped)
+    _, empty = find_answers(dataset)
+    if empty and "language" in collator.objectives:
+        first = name_sample(dataset, empty)
+        print(f"{len(empty)} have an empty answer, which teaches to end without a word, the first of them {first!r}")
     if lengths:
         edges = np.unique(np.linspace(min(lengths), max(lengths) + 1, 9).astype(int))
         counts, edges = np.histogram(lengths, edges)

@@ -400,7 +400,13 @@ def _messages(index: int, conversations: Any, num_images: int) -> list[dict[str,
         turns.pop(0)
     shows_image = num_images > 0 and len(turns) == 1  # which some objectives learn from without an answer
     if turns and turns[-1][1]["from"] == "human" and not shows_image:  # a question that nothing answers
-        turns.pop()
+        number, turn = turns.pop()
+        if turns and turns[-1][1]["from"] == "gpt" and num_images and IMAGE_MARKER in turn["value"]:
+            raise ValueError(
+                f"record {index}: 'conversations[{number}]', its last turn, shows an image and has no gpt turn behind "
+                "it; expected an answer, as a human turn at the end is left out. Add one, or make a record of its own "
+                "of the image."
+            )
     for position, (number, turn) in enumerate(turns):
         expected = ("human", "gpt")[position % 2]
         if turn["from"] != expected:

@@ -250,6 +250,10 @@ class TestMalformed:
                 r"'conversations\[2\].from' is 'system', expected 'human'",
             ),
             (changed(["conversations"], turns("a", "Welcome.")[1:]), "record 1: .* no human turn with a gpt turn"),
+            (
+                changed(["conversations"], [*turns("a", "b"), *turns("<image>", "")[:1]]),
+                "record 1: 'conversations.2.', its last turn, shows an image and has no gpt turn behind it",
+            ),
             ({"id": 1, "text": ""}, "record 1: 'text' is '', expected a text that is not empty"),
             ({"id": 1, "text": " \n"}, "record 1: 'text' is ' .n', expected a text that is not empty"),
             ({"id": 1, "text": ["a"]}, r"record 1: 'text' is \['a'\], expected a text"),

@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig
 
 from modeling_vwlmm import VWLMMForConditionalGeneration, VWLMMTrainer, VWLMMTrainingArguments
+from modeling_vwlmm.training.checks import find_answers
 from modeling_vwlmm.training.packing import count_tokens, pack_rows
 from modeling_vwlmm.training.sampling import estimate_lengths
 from modeling_vwlmm.training.trainer import set_trainable_parameters
@@ -1162,6 +1163,42 @@ class TestImagesWithoutText:
         trainer = self.make(model, processor, stream, tmp_path, stage=2, max_steps=1)
         with pytest.raises(ValueError, match="Sample 'image [0-3]': It has no answer, and nothing else"):
             trainer.train()
+
+    def test_conversations_without_an_answer_and_without_images(self, model, processor, tmp_path):
+        question = [{"role": "user", "content": "Hello"}]
+        for rows in ([{"messages": question}], [{"prompt": question, "completion": []}]):
+            with pytest.raises(ValueError, match="1 of 1 samples have no answer, the first of them 0, .*if they have"):
+                self.make(model, processor, rows, tmp_path, stage=4)
+
+    @pytest.mark.parametrize("assistant_only_loss", [True, False])
+    def test_prompts_without_completions(self, model, processor, images, tmp_path, assistant_only_loss):
+        rows = [{"prompt": image["messages"], "images": image["images"]} for image in images]
+        with pytest.raises(
+            ValueError, match="has prompt, images, and a prompt without a `completion` teaches nothing"
+        ):
+            self.make(model, processor, rows, tmp_path, stage=2, assistant_only_loss=assistant_only_loss)
+
+    @pytest.mark.parametrize("form", ["parts", "strings", "completion"])
+    def test_empty_answers_are_named(self, model, processor, tmp_path, caplog, form):
+        def say(role, text):
+            return {"role": role, "content": text if form == "strings" else [{"type": "text", "text": text}]}
+
+        rows = [
+            [say("user", "a"), say("assistant", "b")],
+            [say("user", "a"), say("assistant", "b"), say("user", "c"), say("assistant", " \n")],
+            [say("user", "a"), say("assistant", "")],
+        ]
+        names = ("messages",) if form != "completion" else ("prompt", "completion")
+        rows = [dict(zip(names, (row,) if form != "completion" else (row[:1], row[1:]), strict=True)) for row in rows]
+        self.make(model, processor, [row | {"id": f"row {n}"} for n, row in enumerate(rows)], tmp_path, stage=4)
+        (message,) = [record.getMessage() for record in caplog.records if "empty answer" in record.getMessage()]
+        assert "2 of 3 samples have an empty answer, the first of them 'row 1'" in message
+
+    def test_an_answer_that_is_an_image_is_not_empty(self):
+        image = {"type": "image", "text": None}
+        messages = [{"role": "user", "content": [{"type": "text", "text": "draw"}]}]
+        messages.append({"role": "assistant", "content": [image]})
+        assert find_answers(datasets.Dataset.from_list([{"messages": messages}])) == ([], [])
 
     def test_without_labels_nothing_is_learned(self, model, processor, images, tmp_path):
         data = [{**image, "image_labels": None} for image in images[:3]]

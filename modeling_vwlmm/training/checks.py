@@ -110,6 +110,11 @@ def check_form(dataset: Dataset | IterableDataset, assistant_only_loss: bool) ->
             "A `prompt` has answers of its own, and only the `completion` would be learned. Make one column "
             "`messages` of both, where every answer is learned, or leave the earlier answers out."
         )
+    if "prompt" in sample and not {"completion", "messages"} & sample.keys():
+        raise ValueError(
+            f"The dataset has {columns}, and a prompt without a `completion` teaches nothing. Add the column, or put "
+            "the conversation with its answers into `messages`."
+        )
     if assistant_only_loss and sample and not messages:
         raise ValueError(
             f"The dataset has {columns}, and no conversation that says what the assistant's part is. Give it "
@@ -119,30 +124,72 @@ def check_form(dataset: Dataset | IterableDataset, assistant_only_loss: bool) ->
 
 
 def check_answers(dataset: Dataset | IterableDataset, args: VWLMMTrainingArguments) -> None:
-    """Refuses samples without an answer where answers alone are learned, before a step that would meet one."""
+    """
+    Refuses samples without an answer where answers alone are learned, before a step that would meet one, and names
+    answers that are empty.
+    """
     objectives, _ = args.get_objectives()
-    is_read = isinstance(dataset, Dataset) and "messages" in dataset.column_names
-    if not is_read or not args.assistant_only_loss or [*objectives] != ["language"]:
+    if not isinstance(dataset, Dataset) or not args.assistant_only_loss or "language" not in objectives:
         return
-    number, first = 0, None
-    for begin, table in enumerate(dataset.select_columns("messages").with_format("arrow").iter(ROWS_AT_ONCE)):
-        messages = table["messages"].combine_chunks()
-        if not pa.types.is_struct(messages.type.value_type):
-            return
-        is_answer = pc.equal(messages.flatten().field("role"), "assistant")
-        answered = pc.list_parent_indices(messages).filter(is_answer)
-        rows = np.flatnonzero(np.asarray(pc.list_value_length(messages).fill_null(0)) > 0)
-        rows = np.setdiff1d(rows, answered)
-        if first is None and len(rows):
-            first = begin * ROWS_AT_ONCE + int(rows[0])
-        number += len(rows)
-    if number:
-        name = dataset.select_columns("id")[first]["id"] if "id" in dataset.column_names else first
+    without, empty = find_answers(dataset)
+    if without and ([*objectives] == ["language"] or not has_image_column(dataset)):
         raise ValueError(
-            f"{number} of {len(dataset)} samples have no answer, the first of them {name!r}, and this run learns "
-            "answers alone. Leave them out, or train them in a stage with an objective that learns from images, such "
-            "as `visual_words`."
+            f"{len(without)} of {len(dataset)} samples have no answer, the first of them "
+            f"{name_sample(dataset, without)!r}, and this run learns answers alone. Leave them out, or train them, if "
+            "they have images, in a stage with an objective that learns from these, such as `visual_words`."
         )
+    if empty:
+        logger.warning(
+            f"{len(empty)} of {len(dataset)} samples have an empty answer, the first of them "
+            f"{name_sample(dataset, empty)!r}: they teach to end without a word. Leave them out if that is not meant."
+        )
+
+
+def find_answers(dataset: Dataset) -> tuple[list[int], list[int]]:
+    """
+    The rows whose `messages`, or whose messages in `completion`, have no answer, and those with an answer that says
+    nothing.
+    """
+    column = next((name for name in ("messages", "completion") if name in dataset.column_names), None)
+    without, empty = [], []
+    if column is None:
+        return without, empty
+    for number, table in enumerate(dataset.select_columns(column).with_format("arrow").iter(ROWS_AT_ONCE)):
+        conversations = table[column].combine_chunks()
+        if not pa.types.is_list(conversations.type):
+            break
+        if pa.types.is_null(conversations.type.value_type):  # all of them are empty
+            conversations = conversations.cast(pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})))
+        if not pa.types.is_struct(conversations.type.value_type):
+            break
+        messages, rows = conversations.flatten(), np.asarray(pc.list_parent_indices(conversations))
+        is_answer = np.asarray(pc.fill_null(pc.equal(messages.field("role"), "assistant"), False))
+        has_answer = np.zeros(len(conversations), bool)
+        has_answer[rows[is_answer]] = True
+        is_there = np.asarray(conversations.is_valid())
+        if column == "messages":  # without any it may be a sample of another form
+            is_there &= np.asarray(pc.list_value_length(conversations).fill_null(0)) > 0
+        first = number * ROWS_AT_ONCE
+        without += (first + np.flatnonzero(is_there & ~has_answer)).tolist()
+        empty += (first + np.unique(rows[is_answer & ~_says_something(messages.field("content"))])).tolist()
+    return without, empty
+
+
+def _says_something(contents: pa.Array) -> np.ndarray:
+    """Whether texts, or lists of parts, have a letter or an image: `[messages]`."""
+    if pa.types.is_list(contents.type):
+        parts, messages = contents.flatten(), np.asarray(pc.list_parent_indices(contents))
+        says = np.zeros(len(contents), bool)
+        is_image = np.asarray(pc.fill_null(pc.not_equal(parts.field("type"), "text"), False))
+        says[messages[is_image | _says_something(parts.field("text"))]] = True
+        return says
+    texts = contents.cast(pa.string())  # of None alone, too
+    return np.asarray(pc.fill_null(pc.not_equal(pc.utf8_trim_whitespace(texts), ""), False))
+
+
+def name_sample(dataset: Dataset, rows: Sequence[int]) -> Any:
+    """The `id` of the first of some rows, or its number."""
+    return dataset.select_columns("id")[rows[0]]["id"] if "id" in dataset.column_names else rows[0]
 
 
 def check_stream_options(args: VWLMMTrainingArguments) -> None:
