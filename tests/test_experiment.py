@@ -440,7 +440,7 @@ class TestReport:
         row, each = [line for line in printed.splitlines() if line.startswith("| visual_words − language_alone")]
         assert each == "| visual_words − language_alone | +1.0, +2.0, +3.0, +4.0 |"
         cells = [cell.strip() for cell in row.strip("|").split("|")]
-        assert cells[1:] == ["yes", "4", *["+2.5 ± 2.1"] * 4, "-0.025 ± 0.021"]
+        assert cells[1:] == ["yes", "4", *["+2.5 ± 2.1"] * 6, "-0.025 ± 0.021"]
         (row,) = [line for line in printed.splitlines() if line.startswith("| language_alone")]
         assert row.split("|")[2].strip() == "5" and row.split("|")[9].strip() == "42.0%"
         assert (tmp_path / "report.md").read_text() == printed.removesuffix("\n")

@@ -74,15 +74,18 @@ def make_tables(plan: dict[str, Any], setting: str, done: dict[str, dict]) -> st
             rows.append([arm, str(len(measured)), *(f"{mean:.1%}" for mean in means), f"{nll:.3f}", f"{kl:.2f}"])
     arms = markdown_table([*header, *(n.replace("_", " ") for n in SETS[1:]), "nats a token", "KL at the end"], rows)
 
+    compared = [(name, "all") for name in SETS] + [("main", "present_found"), ("main", "absent_denied")]
     rows, each = [], []
     for first, second in find_comparisons(plan, done):
-        cells = [show(get_differences(done, first, second, name, "all"), 100, 1) for name in SETS]
-        points = [100 * difference for difference in get_differences(done, first, second, "main", "all")]
+        differences = [get_differences(done, first, second, *column) for column in compared]
+        cells = [show(values, 100, 1) for values in differences]
+        points = [100 * difference for difference in differences[0]]
         nll = show(get_differences(done, first, second, "main", "nll"), 1, 3)
         primary = "yes" if [first, second] in plan["primary"] else ""
         rows.append([f"{first} − {second}", primary, str(len(points)), *cells, nll])
         each.append([f"{first} − {second}", ", ".join(f"{difference:+.1f}" for difference in points)])
     names = [f"{name.replace('_', ' ')}, {plan['questions'].get(name, plan['questions']['others'])}" for name in SETS]
+    names += ["present found", "absent denied"]
     comparisons = markdown_table(["points, questions", "primary", "replicates", *names, "nats a token"], rows)
     replicates = markdown_table(["points of main", "each replicate"], each)
 

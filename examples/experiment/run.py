@@ -73,7 +73,7 @@ def run_size(plan: dict[str, Any], size: str, output: Path, num_processes: int) 
     results = open_results(output / "results.json", plan)
     write_results(output / "results.json", results)  # its comparisons may have changed where nothing is left to run
     for world in {get_world(plan, phase["setting"]) for phase in plan["sizes"][size]}:
-        folder = get_questions(output, world)
+        folder = get_question_folder(output, world)
         numbers = plan["questions"]
         write_questions(folder, numbers["main"], numbers["others"], plan["held_out_looks"], world)
     context = multiprocessing.get_context("spawn")
@@ -92,7 +92,7 @@ def run_size(plan: dict[str, Any], size: str, output: Path, num_processes: int) 
                 experiment.run(pool, num_processes, range(number))
 
 
-def get_questions(output: Path, world: str) -> Path:
+def get_question_folder(output: Path, world: str) -> Path:
     """Folder of the questions on scenes of a world."""
     return output / ("questions" if world == "small" else f"questions_{world}")
 
@@ -236,7 +236,7 @@ def run_start(plan: dict[str, Any], setting: str, replicate: int, output: Path) 
                 train.main(write_recipe(plan, setting, stage, folder, f"stage{stage}", start, replicate, {}))
                 start = folder / f"stage{stage}"
             (folder / "done").write_text(fingerprint(plan, setting))
-        measured = measure_words(folder / "stage3", get_questions(output, world))
+        measured = measure_words(folder / "stage3", get_question_folder(output, world))
         print(f"\n{time.process_time() - begun:.0f} seconds of processor time")
         return measured
 
@@ -257,7 +257,7 @@ def run_arm(plan: dict[str, Any], setting: str, replicate: int, output: Path, ar
             start = add_tokenizer(output / "tokenizer", folder / "stage3", language_model, folder / f"{arm}.start")
         train.main(write_recipe(plan, setting, 4, folder, arm, start, replicate, lines))
         middle = time.process_time()
-        measured = measure_arm(trained, get_questions(output, get_world(plan, setting)))
+        measured = measure_arm(trained, get_question_folder(output, get_world(plan, setting)))
         shutil.rmtree(trained)
         if start != folder / "stage3":
             shutil.rmtree(start)
