@@ -149,7 +149,7 @@ def check(
         print(f"{sum(map(len, reader.skipped.values()))} would be skipped")
         _print_reasons(reader.skipped)
     _, empty = find_answers(dataset)
-    if empty and "language" in collator.objectives:
+    if empty and args.assistant_only_loss and "language" in collator.objectives:
         first = name_sample(dataset, empty)
         print(f"{len(empty)} have an empty answer, which teaches to end without a word, the first of them {first!r}")
     if lengths:

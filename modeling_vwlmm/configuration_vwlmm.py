@@ -301,13 +301,14 @@ class VWLMMConfig(LlavaConfig):
     def __setattr__(self, name: str, value: Any) -> None:
         """
         Raises:
-            ValueError: If a temperature is none, also where it is set on a model's config.
+            ValueError: If a temperature is no number from 1e-30 to 1e30, also where it is set on a model's config.
         """
         # fp32 holds what logits are when they are divided by one of these.
         if name in TEMPERATURES and not 1e-30 <= value <= 1e30:
+            limit = " For the most probable word alone, as T goes to 0, let stage IV learn `token_labels`."
             raise ValueError(
-                f"`{name}` is {value}; expected a finite number above 0, from 1e-30 to 1e30. For the most probable "
-                "word alone, as T goes to 0, let stage IV learn `token_labels` of `get_visual_words`."
+                f"`{name}` is {value}; expected a finite number above 0, from 1e-30 to 1e30."
+                + (limit if name == "visual_word_temperature" else "")
             )
         super().__setattr__(name, value)
 

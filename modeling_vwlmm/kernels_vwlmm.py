@@ -37,14 +37,16 @@ def cross_entropy_(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return losses
 
 
-def kl_div_(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+def kl_div_(logits: torch.Tensor, teacher_logits: torch.Tensor, teacher_temperature: float) -> torch.Tensor:
     """
     Returns the sums `[3]` of divergences and of the entropies of teacher and student; `logits` `[R, C]` become their
-    gradient.
+    gradient. The teacher's logits are divided by their temperature in fp32, for fp16 would not hold them.
     """
     num_rows, num_tokens = logits.shape
     statistics = torch.empty(num_rows, 3, dtype=torch.float32, device=logits.device)  # [R, 3]
-    _kl_div_kernel[(num_rows,)](logits, teacher_logits, statistics, num_tokens, **_tiling(num_tokens))
+    _kl_div_kernel[(num_rows,)](
+        logits, teacher_logits, statistics, 1 / teacher_temperature, num_tokens, **_tiling(num_tokens)
+    )
     return statistics.sum(dim=0)
 
 
@@ -53,11 +55,11 @@ def _tiling(num_tokens: int) -> dict[str, int]:
 
 
 @jit
-def _log_normalizer(row, num_tokens, tile: tl.constexpr):
+def _log_normalizer(row, scale, num_tokens, tile: tl.constexpr):
     largest, total = -float("inf"), 0.0
     for start in range(0, num_tokens, tile):
         tokens = start + tl.arange(0, tile)
-        logits = tl.load(row + tokens, mask=tokens < num_tokens, other=-float("inf")).to(tl.float32)
+        logits = scale * tl.load(row + tokens, mask=tokens < num_tokens, other=-float("inf")).to(tl.float32)
         new_largest = tl.maximum(largest, tl.max(logits, axis=0))
         total = total * tl.exp(largest - new_largest) + tl.sum(tl.exp(logits - new_largest), axis=0)
         largest = new_largest
@@ -69,7 +71,7 @@ def _cross_entropy_kernel(logits, labels, losses, num_tokens, tile: tl.constexpr
     index = tl.program_id(0)
     row = logits + index.to(tl.int64) * num_tokens
     label = tl.load(labels + index)
-    log_normalizer = _log_normalizer(row, num_tokens, tile)
+    log_normalizer = _log_normalizer(row, 1.0, num_tokens, tile)
     # Read before the gradient takes its place.
     tl.store(losses + index, log_normalizer - tl.load(row + label).to(tl.float32))
     tl.debug_barrier()
@@ -82,18 +84,19 @@ def _cross_entropy_kernel(logits, labels, losses, num_tokens, tile: tl.constexpr
 
 
 @jit
-def _kl_div_kernel(logits, teacher_logits, statistics, num_tokens, tile: tl.constexpr):
+def _kl_div_kernel(logits, teacher_logits, statistics, teacher_scale, num_tokens, tile: tl.constexpr):
     index = tl.program_id(0)
     row = logits + index.to(tl.int64) * num_tokens
     teacher_row = teacher_logits + index.to(tl.int64) * num_tokens
-    log_normalizer = _log_normalizer(row, num_tokens, tile)
-    teacher_log_normalizer = _log_normalizer(teacher_row, num_tokens, tile)
+    log_normalizer = _log_normalizer(row, 1.0, num_tokens, tile)
+    teacher_log_normalizer = _log_normalizer(teacher_row, teacher_scale, num_tokens, tile)
     kl_div, teacher_entropy, student_entropy = 0.0, 0.0, 0.0
     for start in range(0, num_tokens, tile):
         tokens = start + tl.arange(0, tile)
         in_vocabulary = tokens < num_tokens
         log_q = tl.load(row + tokens, mask=in_vocabulary, other=0.0).to(tl.float32) - log_normalizer
-        log_p = tl.load(teacher_row + tokens, mask=in_vocabulary, other=0.0).to(tl.float32) - teacher_log_normalizer
+        teacher = tl.load(teacher_row + tokens, mask=in_vocabulary, other=0.0).to(tl.float32)
+        log_p = teacher_scale * teacher - teacher_log_normalizer
         q, p = tl.where(in_vocabulary, tl.exp(log_q), 0.0), tl.where(in_vocabulary, tl.exp(log_p), 0.0)
         kl_div += tl.sum(p * (log_p - log_q), axis=0)
         teacher_entropy -= tl.sum(p * log_p, axis=0)

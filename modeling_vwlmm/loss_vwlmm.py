@@ -224,9 +224,7 @@ class _LinearLoss(torch.autograd.Function):
             text_chunks, image_chunks = _chunks(0, num_text, most), _chunks(num_text, len(hidden), most // 2)
             # One buffer for all chunks: fresh memory costs a CPU as much time as softmax does.
             buffer = hidden.new_empty(_longest(text_chunks + image_chunks), num_tokens, dtype=logits_dtype)
-            # A small temperature would take a teacher's logits out of fp16.
-            teacher_dtype = logits_dtype if teacher_temperature == 1 else statistics_dtype
-            teacher_buffer = torch.empty_like(buffer[: _longest(image_chunks)], dtype=teacher_dtype)
+            teacher_buffer = torch.empty_like(buffer[: _longest(image_chunks)])
             for rows in text_chunks:
                 logits = _project(hidden[rows], weight, buffer)  # [R, C]
                 if use_kernels:
@@ -240,13 +238,11 @@ class _LinearLoss(torch.autograd.Function):
                 teacher_rows = slice(rows.start - num_text, rows.stop - num_text)
                 logits = _project(hidden[rows], weight, buffer)  # [R, C]
                 teacher_logits = _project(teacher_hidden[teacher_rows], teacher_weight, teacher_buffer)  # [R, C]
-                if teacher_temperature != 1:
-                    teacher_logits /= teacher_temperature
                 if use_kernels:
-                    sums += triton_kl_div_(logits, teacher_logits)
+                    sums += triton_kl_div_(logits, teacher_logits, teacher_temperature)
                 else:
                     for block in _blocks(logits):
-                        sums += _kl_div_(logits[block], teacher_logits[block])
+                        sums += _kl_div_(logits[block], teacher_logits[block], teacher_temperature)
                 if needs_hidden or needs_weight:
                     add_gradients(rows, logits)
 
@@ -343,11 +339,13 @@ def _cross_entropy_(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return loss
 
 
-def _kl_div_(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+def _kl_div_(logits: torch.Tensor, teacher_logits: torch.Tensor, teacher_temperature: float) -> torch.Tensor:
     """
     Returns the sums `[3]` of divergences and of the entropies of teacher and student; `logits` `[R, C]` become their
     gradient, and `teacher_logits` `[R, C]` are used up.
     """
+    if teacher_temperature != 1:
+        teacher_logits /= teacher_temperature
     log_q, log_p = logits.log_softmax(dim=-1), teacher_logits.log_softmax(dim=-1)  # [R, C]
     q, p = torch.exp(log_q, out=logits), torch.exp(log_p, out=teacher_logits)  # [R, C]
     teacher_entropy = -torch.dot(p.flatten(), log_p.flatten())

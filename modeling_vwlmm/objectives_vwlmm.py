@@ -60,10 +60,10 @@ class HeadRows(NamedTuple):
         or the inputs of the head that says what to predict,
     teacher_head (`torch.Tensor` of shape `[C, D']`, *optional*):
         and its weight.
-    teacher_temperature (`float`, *optional*, defaults to 1.0):
-        What the teacher's logits are divided by.
     teacher_entropy, student_entropy (`str`, *optional*):
         Names under which the entropies of the two distributions are logged, in nats.
+    teacher_temperature (`float`, *optional*, defaults to 1.0):
+        What the teacher's logits are divided by.
     """
 
     head: torch.Tensor
@@ -71,9 +71,9 @@ class HeadRows(NamedTuple):
     labels: torch.Tensor | None = None
     teacher: torch.Tensor | None = None
     teacher_head: torch.Tensor | None = None
-    teacher_temperature: float = 1.0
     teacher_entropy: str | None = None
     student_entropy: str | None = None
+    teacher_temperature: float = 1.0
 
 
 @dataclass
@@ -270,8 +270,8 @@ class VisualWords(ImageObjective):
             inputs.hidden_before(positions),
             teacher=inputs.image_features_at(positions).detach(),
             teacher_head=inputs.model.model.vm_head.weight,
-            teacher_temperature=inputs.model.config.visual_word_temperature,
             teacher_entropy="visual_word_entropy",
+            teacher_temperature=inputs.model.config.visual_word_temperature,
         )
 
 

@@ -322,10 +322,13 @@ def read_record(index: int, record: Any, image_folder: Path) -> dict[str, Any]:
         messages = _messages(index, record.get("conversations"), len(images))
     markers = sum(part["type"] == "image" for message in messages for part in message["content"])
     if markers != len(images):
+        last = (record.get("conversations") or [{}])[-1]
+        is_left_out = messages[-1]["role"] != "user" and last.get("from") == "human" and IMAGE_MARKER in last["value"]
         raise ValueError(
             f"record {index} (id {record['id']!r}): found {markers} '{IMAGE_MARKER}' in its human turns and "
-            f"{len(images)} paths in 'image', expected as many of one as of the other. Add what is missing or remove "
-            "the record."
+            f"{len(images)} paths in 'image', expected as many of one as of the other. "
+            + ("Its last turn, which no gpt turn answers, is left out with what it shows. " if is_left_out else "")
+            + "Add what is missing or remove the record."
         )
     row = {
         "id": str(record["id"]),
@@ -400,13 +403,7 @@ def _messages(index: int, conversations: Any, num_images: int) -> list[dict[str,
         turns.pop(0)
     shows_image = num_images > 0 and len(turns) == 1  # which some objectives learn from without an answer
     if turns and turns[-1][1]["from"] == "human" and not shows_image:  # a question that nothing answers
-        number, turn = turns.pop()
-        if turns and turns[-1][1]["from"] == "gpt" and num_images and IMAGE_MARKER in turn["value"]:
-            raise ValueError(
-                f"record {index}: 'conversations[{number}]', its last turn, shows an image and has no gpt turn behind "
-                "it; expected an answer, as a human turn at the end is left out. Add one, or make a record of its own "
-                "of the image."
-            )
+        turns.pop()
     for position, (number, turn) in enumerate(turns):
         expected = ("human", "gpt")[position % 2]
         if turn["from"] != expected:

@@ -7,6 +7,7 @@ gives the same results again and after it was stopped, and that the report's int
 
 import importlib
 import json
+import math
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ yaml = pytest.importorskip("yaml")
 pytest.importorskip("matplotlib")
 
 ROOT = Path(__file__).parents[1]
+SETTING = {"data": {"captions": 1}, **{f"stage{stage}": {"json_file": "captions"} for stage in (1, 3, 4)}}
 SHARPENED = ("sharpened", "sharpened_other_image", "sharpened_tenth")
 
 
@@ -122,10 +124,14 @@ class TestPlan:
             ({"setting": "scarse"}, "A phase of bad has scarse, which the plan does not"),
             ({"until": {"half_width": 1.0, "at_least": 8, "step": 4, "at_most": 32}}, "has the arms of none"),
             ({"setting": "larger", "arms": ["codes"]}, "has codes in larger; expected a setting of the small world"),
-            ({"arms": ["misspelt"]}, "Unknown arguments from config file.*--learning_rte"),
-            ({"arms": ["unknown"]}, "`visual_objective` is 'visual_wrods'; expected"),
+            ({"arms": ["misspelt"]}, "recipe of misspelt in scarce cannot be read: Unknown .*--learning_rte"),
+            ({"arms": ["unknown"]}, "recipe of unknown in scarce .*`visual_objective` is 'visual_wrods'; expected"),
+            ({"arms": ["no_number"]}, "recipe of no_number in scarce .*learning_rate.*: invalid float value: 'high'"),
+            ({"arms": ["no_heat"]}, "recipe of no_heat in scarce .*`visual_word_temperature` is 0"),
             ({"replicates": 0}, "replicates.*\n.*greater than 0"),
-            ({"replicates": None}, "expected either `replicates` or `until`"),
+            ({"replicates": None}, "replicates.*\n.*should be"),
+            ({"until": None, "replicates": 8}, "until\n.*should be"),
+            ({"until": {"half_width": 1.0, "at_least": 8, "step": 4, "at_most": 9}, "replicates": 8}, "either"),
             ({"replicates": [3, 3]}, "3 stands there twice"),
             ({"arms": ["visual_words", "visual_words"]}, "visual_words stands there twice"),
             ({"arms": []}, "arms.*\n.*at least 1 item"),
@@ -137,6 +143,7 @@ class TestPlan:
     def test_a_phase_that_would_fail_after_hours(self, run, tmp_path, changes, message):
         plan = yaml.safe_load(run.PLAN.read_text())
         plan["arms"] |= {"misspelt": {"learning_rte": 1e-3}, "unknown": {"visual_objective": {"visual_wrods": 1.0}}}
+        plan["arms"] |= {"no_number": {"learning_rate": "high"}, "no_heat": {"visual_word_temperature": 0}}
         amount = {} if "until" in changes else {"replicates": 1}
         phase = {"setting": "scarce", "arms": ["visual_words"]} | amount | changes
         (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan | {"sizes": {"bad": [phase]}}))
@@ -149,10 +156,17 @@ class TestPlan:
         [
             ("arms", {"a": {"image_labels": "argmx"}}, "arms.a.image_labels"),
             ("arms", {"a": {"visual_tokenizer": False}}, "arms.a.visual_tokenizer"),
-            ("arms", {"a": {"seed": 1}}, "seed is the same for all arms"),
+            ("arms", {"a": {"visual_tokenizer": None}}, "arms.a.visual_tokenizer"),
+            ("arms", {"a": {"seed": 1}}, "seed is given to all recipes"),
+            ("arms", {"a": {"stage": 2}}, "stage is given to all recipes"),
+            ("arms", {"a": {"json_file": "captions"}}, "json_file is the same for all arms"),
+            ("every_stage", {"output_dir": "runs"}, "output_dir is given to all recipes"),
             ("arms", {"stage3": {}}, "an arm is called stage3"),
             ("settings", {"s": {"data": {"captions": 1}, "stage1": {}, "stage_2": {}}}, "settings.s.stage_2"),
-            ("settings", {"s": {"data": {"caption": 1}}}, "settings.s.data.caption"),
+            ("settings", {"s": {"data": {"captions": 1, "image": 1}}}, "settings.s.data.image\n *Extra inputs"),
+            ("settings", {"s": SETTING | {"stage1": {}}}, r"stage1 reads \[None\], of which `data` has nothing"),
+            ("settings", {"s": SETTING | {"stage2": {"json_file": "captoins"}}}, r"stage2 reads \['captoins'\]"),
+            ("settings", {"s": SETTING | {"stage4": {"datasets": [{"json_file": "images"}]}}}, r"\['images'\]"),
             ("changes", None, "changes"),
             ("changes", ["Today, another arm."], "changes.0"),
             ("sizes", {"quick": []}, "sizes.quick"),
@@ -177,12 +191,15 @@ class TestPlan:
             run.open_results(tmp_path / "results.json", plan)
 
     def test_a_start_that_is_another_one(self, run, plan, tmp_path):
-        start = {"entropy": {"all": 1.5}}
-        results = {"plan": plan, "settings": {"scarce": {"7": {"stage3": start, "arms": {}}}}}
+        results = {"plan": plan, "settings": {}}
         phase = run.Phase(plan, "scarce", ["visual_words"], tmp_path, results)
-        phase.store(7, None, start)
-        with pytest.raises(ValueError, match="entropy of 1.7 nats; expected the 1.5 .* name new `replicates`"):
-            phase.store(7, None, {"entropy": {"all": 1.7}})
+        for entropy in (1.7, 1.5):  # before an arm has started from it, it may be another one
+            phase.store(7, None, {"entropy": {"all": entropy, "border": math.nan}})
+        phase.store(7, "visual_words", {"main": {"all": 0.5}})
+        phase.store(7, None, {"entropy": {"all": 1.5 + 1e-6, "border": math.nan}})
+        message = r"replicate 7, measures entropy \(all\) 1.7; expected 1.5,.* name new `replicates`"
+        with pytest.raises(ValueError, match=message):
+            phase.store(7, None, {"entropy": {"all": 1.7, "border": math.nan}})
 
     def test_an_arm_that_fails_beside_others(self, run, plan, tmp_path, monkeypatch):
         """What others are at is stored, and nothing new is begun."""

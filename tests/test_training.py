@@ -8,6 +8,7 @@ import math
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
@@ -1173,9 +1174,7 @@ class TestImagesWithoutText:
     @pytest.mark.parametrize("assistant_only_loss", [True, False])
     def test_prompts_without_completions(self, model, processor, images, tmp_path, assistant_only_loss):
         rows = [{"prompt": image["messages"], "images": image["images"]} for image in images]
-        with pytest.raises(
-            ValueError, match="has prompt, images, and a prompt without a `completion` teaches nothing"
-        ):
+        with pytest.raises(ValueError, match="has prompt, images, and a `prompt` without `completion` has no answer"):
             self.make(model, processor, rows, tmp_path, stage=2, assistant_only_loss=assistant_only_loss)
 
     @pytest.mark.parametrize("form", ["parts", "strings", "completion"])
@@ -1194,11 +1193,28 @@ class TestImagesWithoutText:
         (message,) = [record.getMessage() for record in caplog.records if "empty answer" in record.getMessage()]
         assert "2 of 3 samples have an empty answer, the first of them 'row 1'" in message
 
-    def test_an_answer_that_is_an_image_is_not_empty(self):
-        image = {"type": "image", "text": None}
-        messages = [{"role": "user", "content": [{"type": "text", "text": "draw"}]}]
-        messages.append({"role": "assistant", "content": [image]})
-        assert find_answers(datasets.Dataset.from_list([{"messages": messages}])) == ([], [])
+    @pytest.mark.parametrize("is_large", [False, True])
+    @pytest.mark.parametrize(
+        ("message", "expected"),
+        [
+            ({"role": "assistant", "content": [{"type": "image", "text": None}]}, ([], [])),
+            ({"role": "assistant", "content": [{"type": "image"}]}, ([], [])),
+            ({"role": "assistant", "content": [{"type": "text", "text": ""}]}, ([], [1])),
+            ({"role": "assistant", "content": []}, ([], [1])),
+            ({"role": "assistant", "content": ""}, ([], [1])),
+            ({"role": "assistant", "content": None, "tool_calls": [{"name": "draw"}]}, ([], [])),
+            ({"role": "assistant", "tool_calls": [{"name": "draw"}]}, ([], [])),
+            ({"role": "assistant", "content": [["odd"]]}, ([], [])),
+            ({"role": "user", "content": [{"type": "image"}]}, ([1], [])),
+        ],
+    )
+    def test_what_is_an_answer(self, message, expected, is_large):
+        """Behind a sample without messages, which hides two; and in lists with offsets of 64 bits."""
+        messages = pa.array([message] * 3)
+        conversations = pa.ListArray.from_arrays([0, 2, 3], messages, mask=pa.array([True, False]))
+        if is_large:
+            conversations = conversations.cast(pa.large_list(messages.type))
+        assert find_answers(datasets.Dataset(pa.table({"messages": conversations}))) == expected
 
     def test_without_labels_nothing_is_learned(self, model, processor, images, tmp_path):
         data = [{**image, "image_labels": None} for image in images[:3]]

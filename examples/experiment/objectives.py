@@ -60,6 +60,7 @@ class UniformWords(VisualWords):
     """Uniform words, of entropy log C: the decoder learns to be sure of nothing at image positions."""
 
     name = "uniform_words"
+    reads_visual_words = False
 
     def predict(self, inputs: ObjectiveInputs) -> HeadRows:
         rows = super().predict(inputs)

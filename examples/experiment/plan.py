@@ -6,29 +6,50 @@ what is compared has to be there.
 """
 
 import hashlib
+import io
 import json
 import tempfile
 from collections.abc import Iterable
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import objectives  # noqa: F401  makes the controls known
 import yaml
 from data import WORLDS, get_world
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
-from train import parse_arguments
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+from train import parse_arguments, read_config_changes
 
 
 PLAN = Path(__file__).with_name("plan.yaml")
-# What recipes are given here, so that an arm cannot say it; and names of a replicate's folders that are no arm's.
-GIVEN = ("seed", "json_file", "image_folder", "datasets", "output_dir", "model_name_or_path")
+# What recipes are given here, so that a plan cannot say it; and names of a replicate's folders that are no arm's.
+GIVEN = ("stage", "seed", "image_folder", "output_dir", "model_name_or_path")
 TAKEN = ("data", "start", "stage1", "stage2", "stage3")
 
-Lines = dict[str, Any]
+
+def refuse_given(lines: dict[str, Any]) -> dict[str, Any]:
+    """Lines of a recipe, unless one of them would be overwritten."""
+    if given := [name for name in lines if name in GIVEN]:
+        raise ValueError(f"{', '.join(given)} is given to all recipes by the run; leave it out")
+    return lines
+
+
+Lines = Annotated[dict[str, Any], AfterValidator(refuse_given)]
 Pair = Annotated[list[str], Field(min_length=2, max_length=2)]
 
 
 class Form(BaseModel):
+    """What may be left out has a default, and None is none."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
@@ -46,17 +67,28 @@ class Setting(Form):
     stage3: Lines
     stage4: Lines
 
+    @model_validator(mode="after")
+    def check(self) -> "Setting":
+        for name in [name for name in ("stage1", "stage2", "stage3", "stage4") if name in self.model_fields_set]:
+            lines = getattr(self, name)
+            files = [entry.get("json_file") for entry in lines.get("datasets", [lines])]
+            if missing := [file for file in files if not getattr(self.data, str(file), 0)]:
+                raise ValueError(f"{name} reads {missing}, of which `data` has nothing")
+        return self
+
 
 class Arm(Form):
-    # Any line of a recipe, beside which labels of images the arm learns from, and whether codes.
+    """Any line of a recipe, beside which labels of images the arm learns from, and whether codes."""
+
     model_config = ConfigDict(extra="allow")
     image_labels: Literal[True, "argmax"] = True
-    visual_tokenizer: Literal[True] | None = None
+    visual_tokenizer: Literal[True] = True
 
     @model_validator(mode="after")
     def check(self) -> "Arm":
-        if given := [name for name in self.model_extra if name in GIVEN]:
-            raise ValueError(f"{', '.join(given)} is the same for all arms of a replicate; leave it out")
+        refuse_given(self.model_extra)
+        if data := [name for name in ("json_file", "datasets") if name in self.model_extra]:
+            raise ValueError(f"{', '.join(data)} is the same for all arms of a replicate; leave it out")
         return self
 
 
@@ -87,12 +119,12 @@ class Until(Form):
 class Phase(Form):
     setting: str
     arms: Annotated[list[str], Field(min_length=1)]
-    replicates: PositiveInt | Annotated[list[NonNegativeInt], Field(min_length=1)] | None = None
-    until: Until | None = None
+    replicates: PositiveInt | Annotated[list[NonNegativeInt], Field(min_length=1)] = 0
+    until: Until = None
 
     @model_validator(mode="after")
     def check(self) -> "Phase":
-        if (self.replicates is None) == (self.until is None):
+        if len({"replicates", "until"} & self.model_fields_set) != 1:
             raise ValueError("expected either `replicates` or `until`")
         names = self.arms + (self.replicates if isinstance(self.replicates, list) else [])
         if twice := {name for name in names if names.count(name) > 1}:
@@ -171,15 +203,27 @@ def check_phases(plan: dict[str, Any], size: str) -> None:
                     f"`held_out_looks` has {colour} {shape}; expected one of {', '.join(colours)} with one of "
                     f"{', '.join(shapes)}."
                 )
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as name:
+            folder, start = Path(name), Path("stage3")
             for stage in get_first_stages(plan, setting):
-                parse_arguments(write_recipe(plan, setting, stage, Path(folder), f"stage{stage}", None, 0, {}))
+                recipe = write_recipe(plan, setting, stage, folder, f"stage{stage}", None, 0, {})
+                _check_recipe(f"stage {stage} of {setting}", recipe)
             for arm in arms:
-                parse_arguments(
-                    write_recipe(plan, setting, 4, Path(folder), arm, Path("stage3"), 0, plan["arms"][arm])
-                )
+                recipe = write_recipe(plan, setting, 4, folder, arm, start, 0, plan["arms"][arm])
+                _check_recipe(f"{arm} in {setting}", recipe)
             if with_codes:
-                parse_arguments(write_tokenizer_recipe(plan, Path(folder)))
+                _check_recipe("the visual tokenizer", write_tokenizer_recipe(plan, folder))
+
+
+def _check_recipe(name: str, arguments: list[str]) -> None:
+    printed = io.StringIO()
+    try:
+        with redirect_stderr(printed):  # what the parser of a command line says before it leaves
+            data, args, _ = parse_arguments(arguments)
+        read_config_changes(data, args.trains_tokenizer)
+    except (ValueError, SystemExit) as error:
+        said = printed.getvalue().strip().splitlines()[-1] if isinstance(error, SystemExit) else error
+        raise ValueError(f"The recipe of {name} cannot be read: {said}") from error
 
 
 def get_first_stages(plan: dict[str, Any], setting: str) -> list[int]:
@@ -218,11 +262,10 @@ def write_recipe(
 
 def write_tokenizer_recipe(plan: dict[str, Any], folder: Path) -> list[str]:
     """The same of the visual tokenizer, which is trained to `folder`."""
-    recipe = plan["recipes"]["visual_tokenizer"] | plan["every_stage"] | plan["visual_tokenizer"]["changes"]
+    recipe = plan["recipes"]["visual_tokenizer"] | {"language_model": plan["recipes"]["stage1"]["language_model"]}
+    recipe |= plan["every_stage"] | plan["visual_tokenizer"]["changes"]
     data = {"json_file": str(folder / "data" / "captions.json"), "image_folder": str(folder / "data" / "images")}
-    language_model = plan["recipes"]["stage1"]["language_model"]
-    recipe |= data | {"language_model": language_model, "output_dir": str(folder)}
-    return _write(recipe, folder / "tokenizer.yaml")
+    return _write(recipe | data | {"output_dir": str(folder)}, folder / "tokenizer.yaml")
 
 
 def _write(recipe: dict[str, Any], path: Path) -> list[str]:

@@ -92,7 +92,7 @@ def check_options(args: VWLMMTrainingArguments, kwargs: dict, uses_peft: bool) -
         )
 
 
-def check_form(dataset: Dataset | IterableDataset, assistant_only_loss: bool) -> None:
+def check_form(dataset: Dataset | IterableDataset, args: VWLMMTrainingArguments) -> None:
     """Refuses samples, of which it looks at the first, that would be read otherwise than they are meant."""
     sample = next(iter(dataset), None) or {}
     columns, prompt = ", ".join(sample), sample.get("prompt")
@@ -110,12 +110,12 @@ def check_form(dataset: Dataset | IterableDataset, assistant_only_loss: bool) ->
             "A `prompt` has answers of its own, and only the `completion` would be learned. Make one column "
             "`messages` of both, where every answer is learned, or leave the earlier answers out."
         )
-    if "prompt" in sample and not {"completion", "messages"} & sample.keys():
+    if "prompt" in sample and not {"completion", "messages", args.dataset_text_field} & sample.keys():
         raise ValueError(
-            f"The dataset has {columns}, and a prompt without a `completion` teaches nothing. Add the column, or put "
+            f"The dataset has {columns}, and a `prompt` without `completion` has no answer. Add the column, or put "
             "the conversation with its answers into `messages`."
         )
-    if assistant_only_loss and sample and not messages:
+    if args.assistant_only_loss and sample and not messages:
         raise ValueError(
             f"The dataset has {columns}, and no conversation that says what the assistant's part is. Give it "
             "`messages`, or `prompt` and `completion` that are lists of messages; with `assistant_only_loss=False` "
@@ -123,10 +123,10 @@ def check_form(dataset: Dataset | IterableDataset, assistant_only_loss: bool) ->
         )
 
 
-def check_answers(dataset: Dataset | IterableDataset, args: VWLMMTrainingArguments) -> None:
+def check_answers(dataset: Dataset | IterableDataset, args: VWLMMTrainingArguments, is_trained: bool) -> None:
     """
     Refuses samples without an answer where answers alone are learned, before a step that would meet one, and names
-    answers that are empty.
+    empty answers that are trained.
     """
     objectives, _ = args.get_objectives()
     if not isinstance(dataset, Dataset) or not args.assistant_only_loss or "language" not in objectives:
@@ -138,7 +138,7 @@ def check_answers(dataset: Dataset | IterableDataset, args: VWLMMTrainingArgumen
             f"{name_sample(dataset, without)!r}, and this run learns answers alone. Leave them out, or train them, if "
             "they have images, in a stage with an objective that learns from these, such as `visual_words`."
         )
-    if empty:
+    if empty and is_trained:
         logger.warning(
             f"{len(empty)} of {len(dataset)} samples have an empty answer, the first of them "
             f"{name_sample(dataset, empty)!r}: they teach to end without a word. Leave them out if that is not meant."
@@ -147,8 +147,8 @@ def check_answers(dataset: Dataset | IterableDataset, args: VWLMMTrainingArgumen
 
 def find_answers(dataset: Dataset) -> tuple[list[int], list[int]]:
     """
-    The rows whose `messages`, or whose messages in `completion`, have no answer, and those with an answer that says
-    nothing.
+    The rows whose `messages`, or whose messages in `completion`, have no answer, and those with an answer that is
+    text and says nothing.
     """
     column = next((name for name in ("messages", "completion") if name in dataset.column_names), None)
     without, empty = [], []
@@ -156,35 +156,50 @@ def find_answers(dataset: Dataset) -> tuple[list[int], list[int]]:
         return without, empty
     for number, table in enumerate(dataset.select_columns(column).with_format("arrow").iter(ROWS_AT_ONCE)):
         conversations = table[column].combine_chunks()
-        if not pa.types.is_list(conversations.type):
+        if not _is_list(conversations):
             break
-        if pa.types.is_null(conversations.type.value_type):  # all of them are empty
-            conversations = conversations.cast(pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})))
-        if not pa.types.is_struct(conversations.type.value_type):
-            break
-        messages, rows = conversations.flatten(), np.asarray(pc.list_parent_indices(conversations))
-        is_answer = np.asarray(pc.fill_null(pc.equal(messages.field("role"), "assistant"), False))
+        messages, rows = _flatten(conversations)
+        is_answer = np.asarray(pc.fill_null(pc.equal(_get_field(messages, "role"), "assistant"), False))
         has_answer = np.zeros(len(conversations), bool)
         has_answer[rows[is_answer]] = True
         is_there = np.asarray(conversations.is_valid())
         if column == "messages":  # without any it may be a sample of another form
-            is_there &= np.asarray(pc.list_value_length(conversations).fill_null(0)) > 0
+            is_there[np.setdiff1d(np.arange(len(conversations)), rows)] = False
+        contents = _get_field(messages, "content")
+        is_empty = is_answer & np.asarray(contents.is_valid()) & ~_says_something(contents)
         first = number * ROWS_AT_ONCE
         without += (first + np.flatnonzero(is_there & ~has_answer)).tolist()
-        empty += (first + np.unique(rows[is_answer & ~_says_something(messages.field("content"))])).tolist()
+        empty += (first + np.unique(rows[is_empty])).tolist()
     return without, empty
 
 
+def _is_list(array: pa.Array) -> bool:
+    return pa.types.is_list(array.type) or pa.types.is_large_list(array.type)
+
+
+def _flatten(lists: pa.Array) -> tuple[pa.Array, np.ndarray]:
+    """The values of lists, and of each the index of its list."""
+    lengths = np.asarray(pc.fill_null(pc.list_value_length(lists), 0))
+    return lists.flatten(), np.repeat(np.arange(len(lists)), lengths)
+
+
+def _get_field(structs: pa.Array, name: str) -> pa.Array:
+    """A field of structs, None for all where they have no such field."""
+    is_there = pa.types.is_struct(structs.type) and structs.type.get_field_index(name) >= 0
+    return structs.field(name) if is_there else pa.nulls(len(structs), pa.string())
+
+
 def _says_something(contents: pa.Array) -> np.ndarray:
-    """Whether texts, or lists of parts, have a letter or an image: `[messages]`."""
-    if pa.types.is_list(contents.type):
-        parts, messages = contents.flatten(), np.asarray(pc.list_parent_indices(contents))
-        says = np.zeros(len(contents), bool)
-        is_image = np.asarray(pc.fill_null(pc.not_equal(parts.field("type"), "text"), False))
-        says[messages[is_image | _says_something(parts.field("text"))]] = True
-        return says
-    texts = contents.cast(pa.string())  # of None alone, too
-    return np.asarray(pc.fill_null(pc.not_equal(pc.utf8_trim_whitespace(texts), ""), False))
+    """Whether texts, or lists of parts, have a character or an image, `[contents]`. What is neither says something."""
+    if pa.types.is_string(contents.type) or pa.types.is_large_string(contents.type):
+        return np.asarray(pc.fill_null(pc.not_equal(pc.utf8_trim_whitespace(contents), ""), False))
+    if not _is_list(contents):
+        return np.ones(len(contents), bool)
+    parts, indices = _flatten(contents)
+    is_text = np.asarray(pc.fill_null(pc.equal(_get_field(parts, "type"), "text"), False))
+    says = np.zeros(len(contents), bool)
+    says[indices[~is_text | _says_something(_get_field(parts, "text"))]] = True
+    return says
 
 
 def name_sample(dataset: Dataset, rows: Sequence[int]) -> Any:

@@ -155,7 +155,8 @@ class VWLMMTrainer(SavesWholeCheckpoints, StopsWhenDiverged, LoadsInOrder, SFTTr
             )
         if isinstance(train_dataset, Dataset) and not len(train_dataset):
             raise ValueError("The training dataset has no samples; expected one at least.")
-        for dataset in (*all_datasets(train_dataset), *all_datasets(kwargs.get("eval_dataset"))):
+        trained = all_datasets(train_dataset)
+        for number, dataset in enumerate([*trained, *all_datasets(kwargs.get("eval_dataset"))]):
             if not isinstance(dataset, Dataset | IterableDataset):
                 raise TypeError(
                     f"A dataset is a {type(dataset).__name__}; expected `datasets.Dataset` or `IterableDataset`. "
@@ -163,8 +164,8 @@ class VWLMMTrainer(SavesWholeCheckpoints, StopsWhenDiverged, LoadsInOrder, SFTTr
                 )
             args.check_columns(dataset)
             if kwargs.get("data_collator") is None and kwargs.get("formatting_func") is None:
-                check_form(dataset, args.assistant_only_loss)
-                check_answers(dataset, args)
+                check_form(dataset, args)
+                check_answers(dataset, args, is_trained=number < len(trained))
         model_init_kwargs = args.model_init_kwargs
         if isinstance(model, str):
             args.model_init_kwargs = None  # TRL would say that they are ignored
