@@ -204,7 +204,8 @@ class Phase:
         if arm is None:
             if record["arms"]:
                 self.check_start(replicate, record["stage3"], measured)
-            record["stage3"] = measured
+            else:
+                record["stage3"] = measured
         else:
             record["arms"][arm] = measured
             print(f"{self.setting}, replicate {replicate}, {arm}: {measured['main']['all']:.1%}", flush=True)
