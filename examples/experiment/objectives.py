@@ -50,8 +50,8 @@ def _find_others(patches: torch.Tensor) -> list[int]:
         if other is None:
             raise ValueError(
                 f"The objective `other_image` found {len(patches)} images in a batch, all of them the same picture; "
-                "expected at least two pictures. Raise `per_device_train_batch_size`, and leave out a last batch of few "
-                "samples by `dataloader_drop_last`."
+                "expected at least two pictures. Raise `per_device_train_batch_size`; if it is the last batch of an "
+                "epoch, set `dataloader_drop_last`."
             )
         others.append(other)
     return others
