@@ -26,8 +26,9 @@ from modeling_vwlmm import (
     VWLMMVisualTokenizer,
     VWLMMVisualTokenizerConfig,
 )
+from modeling_vwlmm.training.answers import find_answers, name_sample
 from modeling_vwlmm.training.arguments import StageDefault
-from modeling_vwlmm.training.checks import find_answers, name_sample, restrict_all_linear
+from modeling_vwlmm.training.checks import restrict_all_linear
 from modeling_vwlmm.training.collating import VWLMMDataCollator
 from modeling_vwlmm.training.data_order import RandomOrderSampler
 from modeling_vwlmm.training.packing import pack_rows

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig
 
 from modeling_vwlmm import VWLMMForConditionalGeneration, VWLMMTrainer, VWLMMTrainingArguments
-from modeling_vwlmm.training.checks import find_answers
+from modeling_vwlmm.training.answers import find_answers
 from modeling_vwlmm.training.packing import count_tokens, pack_rows
 from modeling_vwlmm.training.sampling import estimate_lengths
 from modeling_vwlmm.training.trainer import set_trainable_parameters
