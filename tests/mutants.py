@@ -237,9 +237,47 @@ MUTANTS = [
     Mutant(
         "pseudo image features keep all distributions for backward",
         "visual_words_vwlmm.py",
-        "torch.cat([checkpoint(self._mix, chunk, embeddings, **options) for chunk in chunks])",
-        "torch.cat([self._mix(chunk, embeddings) for chunk in chunks])",
+        "torch.cat([checkpoint(self._mix, chunk, embeddings, temperature, **options) for chunk in chunks])",
+        "torch.cat([self._mix(chunk, embeddings, temperature) for chunk in chunks])",
         "test_objectives.py::pseudo",
+    ),
+    # Temperatures.
+    Mutant(
+        "a temperature divides in fp16",
+        "visual_words_vwlmm.py",
+        "logits.float() / temperature",
+        "logits / temperature",
+        "test_modeling.py::temperature",
+    ),
+    Mutant(
+        "the loss leaves the temperature out",
+        "loss_vwlmm.py",
+        "        teacher_logits /= teacher_temperature\n",
+        "        pass\n",
+        "test_loss.py::temperature",
+    ),
+    Mutant(
+        "the kernel normalises by logits without their temperature",
+        "kernels_vwlmm.py",
+        "_log_normalizer(teacher_row, teacher_scale, num_tokens, tile)",
+        "_log_normalizer(teacher_row, 1.0, num_tokens, tile)",
+        "test_loss.py::temperature",
+    ),
+    Mutant(
+        "a temperature is checked when a config is made, and not where it is set",
+        "configuration_vwlmm.py",
+        "if name in TEMPERATURES and not 1e-30",
+        'if name in TEMPERATURES and "auto_map" not in self.__dict__ and not 1e-30',
+        "test_modeling.py::temperature",
+    ),
+    # Answers.
+    Mutant(
+        "what a null list hides is counted",
+        "training/answers.py",
+        "lengths = np.asarray(pc.fill_null(pc.list_value_length(lists), 0))\n"
+        "    return lists.flatten(), np.repeat(np.arange(len(lists)), lengths)",
+        "return lists.flatten(), np.asarray(pc.list_parent_indices(lists))",
+        "test_training.py::is_an_answer",
     ),
     Mutant(
         "targets come from pseudo image features",
