@@ -51,7 +51,7 @@ COMPARISONS = ((STAGE4, NO_VISUAL_MODELING), (STAGE4, "stage II"), (PSEUDO, STAG
 
 # What `--choose` tries: learning rates and passes of stage III, and weights in stage IV.
 CHOICES = (("1e-3", "1"), ("5e-3", "1"), ("2e-3", "2"), ("5e-3", "2"))
-WEIGHTS = (0.03, 0.1, 0.3)
+WEIGHTS = (0.01, 0.03, 0.1)
 
 
 @dataclass(frozen=True)
