@@ -34,6 +34,7 @@ from modeling_vwlmm import (
     VWLMMVisualTokenizer,
 )
 from modeling_vwlmm.adapters_vwlmm import ADAPTERS, get_max_patches
+from modeling_vwlmm.configuration_vwlmm import VISUAL_WORD_FIELDS
 from modeling_vwlmm.training import find_last_checkpoint, tokenize_images
 from processing_vwlmm import VWLMMProcessor, add_cognition_alignment, load_llava_dataset, mix_datasets
 
@@ -288,8 +289,7 @@ def read_config_changes(script_args: ScriptArguments, trains_tokenizer: bool) ->
     Raises:
         ValueError: If a temperature is no finite number above 0, or a visual tokenizer is trained.
     """
-    names = ("use_pseudo_image_features", "visual_word_temperature", "pseudo_image_feature_temperature")
-    changes = {name: value for name in names if (value := getattr(script_args, name)) is not None}
+    changes = {name: value for name in VISUAL_WORD_FIELDS if (value := getattr(script_args, name)) is not None}
     if changes and trains_tokenizer:
         raise ValueError(
             f"`{'`, `'.join(changes)}` is set, and stage 1 of LaVIT trains a visual tokenizer, which has no visual "

@@ -33,7 +33,7 @@ from transformers.utils import cached_file
 from processing_vwlmm.building_vwlmm import count_extra_tokens
 
 from .adapters_vwlmm import make_adapter
-from .configuration_vwlmm import VWLMMConfig, check_fields
+from .configuration_vwlmm import VISUAL_WORD_FIELDS, VWLMMConfig, check_fields
 from .modeling_vwlmm import VWLMMForConditionalGeneration
 from .placeholders_vwlmm import has_embedding
 from .visual_tokenizer_vwlmm import VWLMMVisualTokenizer
@@ -47,9 +47,7 @@ NOT_OF_LLAVA = (
     "adapter",
     "adapter_config",
     "trained_stages",
-    "use_pseudo_image_features",
-    "visual_word_temperature",
-    "pseudo_image_feature_temperature",
+    *VISUAL_WORD_FIELDS,
     *NOT_OF_VWLMM,
 )
 # What readers of weights raise for a file that is cut off, or none of theirs.

@@ -28,6 +28,8 @@ VISUAL_TOKENIZER_AUTO_MAP = {
     "AutoModel": "visual_tokenizer_vwlmm.VWLMMVisualTokenizer",
 }
 TEMPERATURES = ("visual_word_temperature", "pseudo_image_feature_temperature")
+# What says which visual words are learned, and whether they are read.
+VISUAL_WORD_FIELDS = ("use_pseudo_image_features", *TEMPERATURES)
 
 
 @strict

@@ -17,7 +17,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
-from ..configuration_vwlmm import VWLMMConfig, VWLMMVisualTokenizerConfig
+from ..configuration_vwlmm import VISUAL_WORD_FIELDS, VWLMMConfig, VWLMMVisualTokenizerConfig
 from .arguments import VWLMMTrainingArguments
 
 
@@ -187,8 +187,7 @@ def describe_run(
         if part is not None:
             run[name] = f"{part.model_type}, {part.num_hidden_layers} layers of {part.hidden_size}"
     if isinstance(config, VWLMMConfig):  # what is learned, or read, of visual words
-        words = ("use_pseudo_image_features", "visual_word_temperature", "pseudo_image_feature_temperature")
-        run |= {name: getattr(config, name) for name in words}
+        run |= {name: getattr(config, name) for name in VISUAL_WORD_FIELDS}
     order = {
         "data_seed": args.seed if args.data_seed is None else args.data_seed,
         "global_batch_size": args.global_batch_size,

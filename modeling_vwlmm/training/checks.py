@@ -13,7 +13,7 @@ from transformers import ProcessorMixin
 from transformers.utils import logging
 
 from ..adapters_vwlmm import get_max_patches
-from ..configuration_vwlmm import VWLMMConfig
+from ..configuration_vwlmm import VISUAL_WORD_FIELDS, VWLMMConfig
 from ..objectives_vwlmm import Objective
 from .answers import find_answers, name_sample
 from .arguments import VWLMMTrainingArguments
@@ -195,8 +195,8 @@ def restrict_all_linear(peft_config: "PeftConfig", model: nn.Module, modules: Se
 def warn_about_config_of_adapter(config: VWLMMConfig) -> None:
     """Names what a model has been set to and the folder of a PEFT adapter, which has no config, does not say."""
     defaults = VWLMMConfig()
-    names = ("use_pseudo_image_features", "visual_word_temperature", "pseudo_image_feature_temperature")
-    changed = [f"{name}={getattr(config, name)}" for name in names if getattr(config, name) != getattr(defaults, name)]
+    fields = [name for name in VISUAL_WORD_FIELDS if getattr(config, name) != getattr(defaults, name)]
+    changed = [f"{name}={getattr(config, name)}" for name in fields]
     if changed:
         logger.warning(
             f"The folder of an adapter has no config.json: {', '.join(changed)} will be there again if that of the "

@@ -155,8 +155,7 @@ class VWLMMTrainer(SavesWholeCheckpoints, StopsWhenDiverged, LoadsInOrder, SFTTr
             )
         if isinstance(train_dataset, Dataset) and not len(train_dataset):
             raise ValueError("The training dataset has no samples; expected one at least.")
-        trained = all_datasets(train_dataset)
-        for number, dataset in enumerate([*trained, *all_datasets(kwargs.get("eval_dataset"))]):
+        for dataset in (*all_datasets(train_dataset), *all_datasets(kwargs.get("eval_dataset"))):
             if not isinstance(dataset, Dataset | IterableDataset):
                 raise TypeError(
                     f"A dataset is a {type(dataset).__name__}; expected `datasets.Dataset` or `IterableDataset`. "
@@ -165,7 +164,7 @@ class VWLMMTrainer(SavesWholeCheckpoints, StopsWhenDiverged, LoadsInOrder, SFTTr
             args.check_columns(dataset)
             if kwargs.get("data_collator") is None and kwargs.get("formatting_func") is None:
                 check_form(dataset, args)
-                check_answers(dataset, args, is_trained=number < len(trained))
+                check_answers(dataset, args, is_trained=dataset is train_dataset)
         model_init_kwargs = args.model_init_kwargs
         if isinstance(model, str):
             args.model_init_kwargs = None  # TRL would say that they are ignored
